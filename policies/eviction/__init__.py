@@ -1,0 +1,1 @@
+"""In which order cached KV blocks that nobody uses are given up: one policy per file."""

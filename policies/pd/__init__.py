@@ -1,0 +1,1 @@
+"""Where a request computes its prompt and where it decodes: one policy per file."""

@@ -1,0 +1,1 @@
+"""Which instance gets a request: one policy per file."""

@@ -1,0 +1,451 @@
+"""The KV blocks of one engine: paged, reference counted, with a prefix cache (vLLM rules 12-16).
+
+vLLM keeps one object per block. Here consecutive blocks of one chain that were stored together
+are one ``Extent``, split when a request uses only part of it, so that matching, storing and
+evicting a prompt costs a few operations whatever its length. Decisions are those of single
+blocks; ``sim.stepwise`` keeps the block-by-block version that the tests compare with.
+
+Which block is where::
+
+    free = blank (never hashed: taken first)  +  cached and unused (the eviction policy's order)
+    used = held by requests (hashed ones can be matched by others)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from policies.api import BlockView, EvictionPolicy, PolicyError, Slo
+from sim.request import PS_PER_S, Request
+
+INF = float("inf")
+Found = list[tuple["Extent", int]]
+"""Matched extents, each with the number of its leading blocks that match."""
+
+
+class Extent:
+    """Consecutive blocks of one chain with one history; a ``BlockView``."""
+
+    __slots__ = (
+        "blocks",
+        "depth",
+        "head",
+        "hits",
+        "kids",
+        "next_use_s",
+        "parent",
+        "pool",
+        "refs",
+        "slo",
+        "start",
+        "stored_s",
+        "twin",
+        "used_s",
+    )
+
+    def __init__(
+        self, pool: BlockPool, start: int, depth: int, blocks: int, stored_s: float, slo: Slo
+    ) -> None:
+        self.pool = pool
+        self.start = start
+        self.depth = depth
+        self.blocks = blocks
+        self.stored_s = stored_s
+        self.slo = slo
+        self.used_s = stored_s
+        self.next_use_s = INF
+        self.hits = 0
+        self.refs = 1
+        self.head: Extent | None = None
+        """The shallower part that was split off; whoever held all of it holds both."""
+        self.twin: Extent | None = None
+        """The next younger extent with the same ids (vLLM does not merge identical blocks)."""
+        self.parent: Extent | None = None
+        self.kids = 0
+        """Extents stored right behind this one and still cached."""
+
+    @property
+    def hash(self) -> int:
+        return self.start
+
+    @property
+    def recompute_s(self) -> float:
+        tokens = self.pool.block_tokens
+        return self.pool.prefill_s(self.blocks * tokens, self.depth * tokens)
+
+    def __repr__(self) -> str:
+        return f"<blocks {self.start}+{self.blocks}, {self.refs} users>"
+
+
+class BlockPool:
+    """One tier of KV blocks. ``match`` asks; ``acquire take store release`` act."""
+
+    def __init__(
+        self,
+        blocks: int,
+        block_tokens: int,
+        policy: EvictionPolicy,
+        *,
+        policy_name: str = "eviction",
+        prefill_s: Callable[[int, int], float] = lambda tokens, context: 0.0,
+    ) -> None:
+        self.total = blocks
+        self.block_tokens = block_tokens
+        self.policy = policy
+        self.policy_name = policy_name
+        self.prefill_s = prefill_s
+        self.free = blocks
+        """Blocks that can be taken: blank ones and cached ones nobody uses."""
+        self.blank = blocks
+        """Free blocks that hold nothing worth keeping."""
+        self.evictions = 0
+        """Cached blocks that were given up so far."""
+        self.log: list[tuple[str, int, int]] | None = None
+        """When a list: every ("store" | "evict", first id, blocks) in order."""
+        self._map: dict[int, Extent] = {}
+        self._longest = 1 if policy.single_blocks else 1 << 62
+        self._closed = True
+        """Every cached extent's predecessor is cached: nothing can lie behind a miss."""
+
+    # ------------------------------------------------------------------ asking
+
+    def match(self, request: Request, limit: int) -> tuple[Found, int, int]:
+        """The cached prefix: its extents, its blocks (at most ``limit``), those without a user."""
+        found: Found = []
+        position = idle = 0
+        get = self._map.get
+        for first, start, count in request.runs:
+            end = min(first + count, limit)
+            while position < end:
+                extent = get(start + position - first)
+                if extent is None:
+                    return found, position, idle
+                blocks = extent.blocks
+                if blocks > end - position:
+                    blocks = end - position
+                found.append((extent, blocks))
+                if not extent.refs:
+                    idle += blocks
+                position += blocks
+            if position >= limit:
+                break
+        return found, position, idle
+
+    @staticmethod
+    def truncate(found: Found, blocks: int) -> tuple[Found, int]:
+        """The first ``blocks`` of a match, and how many of those have no user."""
+        kept: Found = []
+        idle = 0
+        for extent, count in found:
+            if blocks <= 0:
+                break
+            part = min(count, blocks)
+            kept.append((extent, part))
+            idle += 0 if extent.refs else part
+            blocks -= part
+        return kept, idle
+
+    # ------------------------------------------------------------------ acting
+
+    def acquire(self, request: Request, found: Found, now_s: float) -> None:
+        """Give a matched prefix to the request, before it takes blank blocks (rule 14)."""
+        held = request.held
+        slo = request.slo
+        future = request.future_s
+        for matched, blocks in found:
+            extent = matched
+            if blocks < extent.blocks:
+                extent = self._split(extent, blocks, claimed=True)
+                if not extent.refs:
+                    self.free -= blocks  # the policy goes on knowing the deep part only
+            elif not extent.refs:
+                self.policy.remove(extent, now_s)
+                self.free -= blocks
+            extent.refs += 1
+            extent.hits += 1
+            if slo.ttft_s < extent.slo.ttft_s:
+                extent.slo = slo
+            if future is not None:
+                extent.next_use_s = self._future(request, extent)
+            held.append((extent, blocks))
+            request.stored += blocks
+
+    def take(self, blocks: int, now_s: float) -> None:
+        """Take free blocks for a running request; the caller has checked that there are enough."""
+        self.free -= blocks
+        if blocks <= self.blank:
+            self.blank -= blocks
+            return
+        blocks -= self.blank
+        self.blank = 0
+        self._evict(blocks, now_s)
+
+    def store(self, request: Request, upto: int) -> None:
+        """Hash the request's blocks up to index ``upto``: they can be matched from now on."""
+        position = request.stored
+        upto = min(upto, request.retain_blocks)
+        if upto <= position:
+            return
+        request.stored = upto
+        for first, start, count in request.runs:
+            end = first + count
+            if end <= position:
+                continue
+            end = min(end, upto)
+            while position < end:
+                position += self._store(request, start + position - first, position, end - position)
+            if position >= upto:
+                return
+
+    def release(self, request: Request, blocks: int, now_s: float) -> None:
+        """The request gives up all its ``blocks``: unhashed ones become blank, the others join
+        the eviction order deepest first (rule 16)."""
+        loose = blocks - request.stored
+        self.blank += loose
+        self.free += loose
+        add = self.policy.add
+        for extent, count in reversed(request.held):
+            left = count
+            piece: Extent | None = extent
+            while left > 0:
+                assert piece is not None
+                left -= piece.blocks
+                piece.refs -= 1
+                if not piece.refs:
+                    piece.used_s = now_s
+                    self.free += piece.blocks
+                    add(piece, now_s)
+                piece = piece.head
+        request.held = []
+        request.stored = 0
+
+    # ------------------------------------------------------------------ inside
+
+    def _store(self, request: Request, ident: int, depth: int, room: int) -> int:
+        """Store at most ``room`` consecutive blocks from ``ident`` on; how many it did."""
+        held = request.held
+        blocks = min(room, self._longest)
+        oldest = self._map.get(ident)
+        if oldest is not None:  # the same content is cached already: a twin
+            if oldest.blocks > blocks:
+                oldest = self._split(oldest, blocks, claimed=False)
+            blocks = oldest.blocks
+        else:
+            if not self._closed:
+                blocks = self._gap(ident, blocks)
+            if held and self._longest > 1:
+                last, count = held[-1]
+                if (
+                    last.refs == 1
+                    and not last.hits
+                    and not last.kids
+                    and last.twin is None
+                    and last.start + last.blocks == ident
+                    and self._map.get(last.start) is last
+                ):
+                    last.blocks += blocks
+                    held[-1] = (last, count + blocks)
+                    if self.log is not None:
+                        self.log.append(("store", ident, blocks))
+                    return blocks
+        extent = Extent(self, ident, depth, blocks, request.admitted_ps / PS_PER_S, request.slo)
+        if held:
+            parent = held[-1][0]
+            extent.parent = parent
+            parent.kids += 1
+        if request.future_s is not None:
+            extent.next_use_s = self._future(request, extent)
+        if oldest is None:
+            self._map[ident] = extent
+        else:
+            while oldest.twin is not None:
+                oldest = oldest.twin
+            oldest.twin = extent
+        held.append((extent, blocks))
+        if self.log is not None:
+            self.log.append(("store", ident, blocks))
+        return blocks
+
+    def _gap(self, ident: int, blocks: int) -> int:
+        """Blocks from ``ident`` on before the next one that is cached."""
+        known = self._map
+        for i in range(1, blocks):
+            if ident + i in known:
+                return i
+        return blocks
+
+    @staticmethod
+    def _future(request: Request, extent: Extent) -> float:
+        future = request.future_s
+        assert future is not None
+        return float(future[extent.depth]) if extent.depth < len(future) else INF
+
+    def _split(self, extent: Extent, blocks: int, *, claimed: bool) -> Extent:
+        """Cut all extents with these ids after ``blocks``; the new head of the given one.
+
+        The old object becomes the deep part, so policies, children and holders keep what they
+        know. An extent that nobody uses leaves two unused parts, and the policy must learn of the
+        head, except of the given one's when the caller claims that.
+        """
+        heads: list[Extent] = []
+        start = extent.start
+        tail: Extent | None = self._map[start]
+        self._map[start + blocks] = self._map[start]
+        result = extent
+        unknown: list[tuple[Extent, Extent]] = []
+        while tail is not None:
+            head = Extent(self, start, tail.depth, blocks, tail.stored_s, tail.slo)
+            head.used_s, head.next_use_s = tail.used_s, tail.next_use_s
+            head.hits, head.refs = tail.hits, tail.refs
+            head.head, head.parent, head.kids = tail.head, tail.parent, 1
+            tail.start += blocks
+            tail.depth += blocks
+            tail.blocks -= blocks
+            tail.head = tail.parent = head
+            if heads:
+                heads[-1].twin = head
+            heads.append(head)
+            if tail is extent:
+                result = head
+            if not tail.refs and not (claimed and tail is extent):
+                unknown.append((tail, head))
+            tail = tail.twin
+        self._map[start] = heads[0]
+        if unknown:
+            self._insert_behind(unknown, result)
+        return result
+
+    def _insert_behind(self, pairs: list[tuple[Extent, Extent]], claimed: Extent) -> None:
+        """Tell the policy of heads that come right behind their tails in its order.
+
+        Policies have no such call because it is rare: everything is taken out and added again in
+        the same order, each block with the time it was added before.
+        """
+        policy = self.policy
+        behind = {id(tail): head for tail, head in pairs}
+        unknown = {id(claimed), *(id(head) for _, head in pairs)}
+        known = sum(e.blocks for e in self._extents() if not e.refs and id(e) not in unknown)
+        order = list(policy.victims(known, 0.0))
+        for block in order:
+            policy.remove(block, block.used_s)
+        for block in order:
+            policy.add(block, block.used_s)
+            head = behind.get(id(block))
+            if head is not None:
+                policy.add(head, head.used_s)
+
+    def _evict(self, blocks: int, now_s: float) -> None:
+        """Give up cached blocks in the policy's order."""
+        victims = self.policy.victims(blocks, now_s)
+        if len(victims) == 1:  # the common case: a bite from one extent
+            victim = victims[0]
+            if (
+                type(victim) is Extent
+                and victim.blocks > blocks
+                and not victim.refs
+                and victim.twin is None
+                and self._map.get(victim.start) is victim
+            ):
+                if victim.kids:
+                    self._closed = False
+                victim.blocks -= blocks
+                self.evictions += blocks
+                if self.log is not None:
+                    self.log.append(("evict", victim.start + victim.blocks, blocks))
+                return
+        wanted = blocks
+        for victim in self._checked(victims):
+            count = victim.blocks
+            if count <= blocks:
+                self._drop(victim, now_s)
+            else:
+                count = blocks
+                if victim.kids:
+                    self._closed = False
+                if victim.twin is not None or self._map.get(victim.start) is not victim:
+                    self._split(victim, victim.blocks - count, claimed=False)
+                    self._drop(victim, now_s)
+                else:
+                    victim.blocks -= count
+                    if self.log is not None:
+                        self.log.append(("evict", victim.start + victim.blocks, count))
+            self.evictions += count
+            blocks -= count
+            if not blocks:
+                return
+        raise PolicyError(
+            f"{self.policy_name}.victims({wanted}, now={now_s}) named only {wanted - blocks} "
+            f"blocks, but {self.free + wanted} can be evicted"
+        )
+
+    def _checked(self, victims: Sequence[BlockView]) -> list[Extent]:
+        for victim in victims:
+            if not isinstance(victim, Extent) or victim.refs or not victim.blocks:
+                raise PolicyError(
+                    f"{self.policy_name}.victims named {victim!r}, which is "
+                    + ("in use" if isinstance(victim, Extent) and victim.refs else "not cached")
+                )
+        return victims  # type: ignore[return-value]
+
+    def _drop(self, victim: Extent, now_s: float) -> None:
+        """Forget a whole extent."""
+        self.policy.remove(victim, now_s)
+        if victim.kids:
+            self._closed = False
+        if victim.parent is not None:
+            victim.parent.kids -= 1
+            victim.parent = None
+        start = victim.start
+        oldest = self._map[start]
+        if oldest is victim:
+            if victim.twin is None:
+                del self._map[start]
+            else:
+                self._map[start] = victim.twin
+        else:
+            while oldest.twin is not victim:
+                assert oldest.twin is not None
+                oldest = oldest.twin
+            oldest.twin = victim.twin
+        victim.twin = None
+        if self.log is not None:
+            self.log.append(("evict", start, victim.blocks))
+        victim.blocks = 0
+
+    # ------------------------------------------------------------------ checking
+
+    def _extents(self) -> Iterator[Extent]:
+        for oldest in self._map.values():
+            extent: Extent | None = oldest
+            while extent is not None:
+                yield extent
+                extent = extent.twin
+
+    def cached(self) -> dict[int, int]:
+        """How many copies of each block id are cached: for tests and stale router signals."""
+        copies: dict[int, int] = {}
+        for extent in self._extents():
+            for ident in range(extent.start, extent.start + extent.blocks):
+                copies[ident] = copies.get(ident, 0) + 1
+        return copies
+
+    def audit(self, loose: int) -> None:
+        """Invariant I2: free + used = total, and what can be evicted is what nobody uses.
+
+        Args:
+            loose: blocks of running requests that are not hashed.
+        """
+        used = idle = 0
+        for extent in self._extents():
+            assert extent.blocks == self._map[extent.start].blocks > 0, f"{extent!r} is misaligned"
+            if extent.refs:
+                used += extent.blocks
+            else:
+                idle += extent.blocks
+        assert self.blank >= 0, f"{self.blank} blank blocks"
+        assert self.free == self.blank + idle, (
+            f"{self.free} free blocks, but {self.blank} blank and {idle} cached without a user"
+        )
+        assert self.free + used + loose == self.total, (
+            f"{self.free} free + {used} cached and used + {loose} unhashed != {self.total}"
+        )

@@ -1,0 +1,152 @@
+"""Engines behind one front door, and what the front door can see of them."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING
+
+import simpy
+from simpy.events import Event
+
+from policies.api import InstanceView, PDPolicy, PolicyError, RequestView, Router
+from sim.engine import FastEngine
+from sim.request import PS_PER_S, Request
+from sim.scheduler import Engine, _name
+
+if TYPE_CHECKING:
+    from sim.stepwise import StepEngine
+
+    AnyEngine = FastEngine | StepEngine
+
+
+class Snapshot:
+    """An engine as it was when signals were last collected; an ``InstanceView``."""
+
+    role = "both"
+
+    def __init__(self, engine: AnyEngine) -> None:
+        self._engine = engine
+        self._cached: Container[int] = ()
+        self.id = engine.id
+        self.model = engine.model
+        self.chip = engine.chip
+        self.waiting = 0
+        self.running = 0
+        self.kv_usage = 0.0
+        self.inflight_tokens = 0
+        self._taken_ps = 0
+
+    @property
+    def signal_age_s(self) -> float:
+        return (int(self._engine.env.now) - self._taken_ps) / PS_PER_S
+
+    def matched_tokens(self, request: RequestView) -> int:
+        assert isinstance(request, Request)
+        limit = (request.prompt_tokens - 1) // self._engine.block_tokens
+        matched = 0
+        for ident in request.block_hashes[:limit]:
+            if ident not in self._cached:
+                break
+            matched += 1
+        return matched * self._engine.block_tokens
+
+    def refresh(self) -> bool:
+        """Collect the engine's state as of now; whether the queue lengths changed."""
+        engine = self._engine
+        before = (self.waiting, self.running)
+        self.waiting, self.running = engine.waiting, engine.running
+        self.kv_usage = engine.kv_usage
+        self.inflight_tokens = engine.inflight_tokens
+        self._taken_ps = int(engine.env.now)
+        self._cached = engine.published()
+        return before != (self.waiting, self.running)
+
+
+class Cluster:
+    """Places requests with one ``PDPolicy``; a ``ClusterView``."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        engines: Sequence[AnyEngine],
+        pd: PDPolicy,
+        signal_age_s: float = 0.0,
+    ) -> None:
+        self.env = env
+        self.engines = engines
+        self.pd = pd
+        self._age_ps = round(signal_age_s * PS_PER_S)
+        self._ticking = False
+        self._views: Sequence[InstanceView] = engines
+        indexed = type(pd).changed is not PDPolicy.changed
+        router = getattr(pd, "router", None)
+        if isinstance(router, Router):
+            indexed = type(router).changed is not Router.changed
+        self._indexed = indexed
+        if self._age_ps:
+            for engine in engines:
+                engine.publish()
+            self._snapshots = [Snapshot(engine) for engine in engines]
+            self._views = self._snapshots
+        elif indexed:
+            for engine in engines:
+                engine.changed = self._changed
+        if indexed:
+            for view in self._views:
+                pd.changed(view)
+
+    @property
+    def instances(self) -> Sequence[InstanceView]:
+        return self._views
+
+    def _changed(self, engine: Engine) -> None:
+        self.pd.changed(engine)
+
+    def submit(self, request: Request) -> None:
+        """Place a request that arrives now."""
+        now_s = int(self.env.now) / PS_PER_S
+        placement = self.pd.place(request, self, now_s)
+        target = self._target(request, placement)
+        if self._age_ps and not self._ticking:
+            self._ticking = True
+            self._arm()
+        self.engines[target].add(request)
+
+    def _target(self, request: Request, placement: object) -> int:
+        prefill = getattr(placement, "prefill", None)
+        decode = getattr(placement, "decode", None)
+        target = getattr(prefill, "id", -1)
+        if (
+            not isinstance(target, int)
+            or not 0 <= target < len(self.engines)
+            or (self._views[target] is not prefill)
+        ):
+            raise PolicyError(
+                f"{_name(self.pd)}.place({request.id}) answered {placement!r}; "
+                f"a Placement of instances of the cluster was expected"
+            )
+        if decode is not prefill:
+            raise PolicyError(
+                f"{_name(self.pd)}.place({request.id}) split prefill and decode over instances "
+                f"{target} and {getattr(decode, 'id', decode)!r}; this deployment is colocated"
+            )
+        return target
+
+    # ------------------------------------------------------------------ stale signals
+
+    def _arm(self) -> None:
+        """Collect signals at the next multiple of the age, before arrivals of that instant."""
+        event = Event(self.env)
+        event._ok = True
+        event.callbacks.append(self._tick)  # type: ignore[union-attr]
+        delay = self._age_ps - int(self.env.now) % self._age_ps
+        self.env.schedule(event, 0, delay)  # type: ignore[arg-type]
+
+    def _tick(self, event: Event) -> None:
+        for snapshot in self._snapshots:
+            if snapshot.refresh() and self._indexed:
+                self.pd.changed(snapshot)
+        # An idle cluster does not change, so its last snapshot stays right until an arrival.
+        self._ticking = any(engine.waiting or engine.running for engine in self.engines)
+        if self._ticking:
+            self._arm()

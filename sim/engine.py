@@ -1,0 +1,656 @@
+"""The fast engine: one event per change of the batch instead of one per step, with equal results.
+
+While every running request decodes, a run of steps is one event whose duration is the closed-form
+sum of its steps; a change in mid-run shortens it to the step it falls in. All times are integers,
+so the outcome is ``==`` to that of ``sim.stepwise``. The algorithm is explained in
+``docs/engine.md``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Container
+from heapq import heapify, heappop, heappush
+from math import isqrt
+
+from simpy.events import Event
+
+from policies.api import EvictionPolicy, RequestView, Tier
+from sim.cache import BlockPool
+from sim.latency import Batch
+from sim.request import PS_PER_S, Request
+from sim.scheduler import LATE, Engine, RunRecord, _name
+
+CHUNK_RUN = 256
+"""Most prompt chunks in one event; only bounds how much is thrown away when it is cut."""
+
+
+class FastEngine(Engine):
+    """One instance; see the module for the idea and the attributes below for the state."""
+
+    def __init__(self, *args: object, eviction: EvictionPolicy, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        tokens = self.block_tokens
+        self.pool = BlockPool(
+            self.total, tokens, eviction, policy_name=_name(eviction), prefill_s=self.prefill_s
+        )
+        self._limited = self.limits.long_prefill_token_threshold > 0
+        self._running: dict[Request, None] = {}
+        """In order of admission."""
+        self._prefilling: dict[Request, None] = {}
+        """Those of them whose prompt is not complete."""
+        self._completing: list[Request] = []
+        """Prompts that the step in progress completes, in order."""
+        self._stalled: list[Request] = []
+        """Decoders that the step in progress leaves out (only after a preemption by order)."""
+        self._fragile = False
+        """The head of the queue may become admissible without a change."""
+        self._step = 0
+        self._decodes = 0
+        self._context = 0
+        """Sum of the KV tokens of all decoders at ``_step``."""
+        self._phase = [0] * tokens
+        """Decoders by (KV tokens - step) mod block size: who needs a block in which step."""
+        self._due: dict[int, list[Request]] = {}
+        self._due_heap: list[int] = []
+        self._longest: list[tuple[int, int, Request]] = []
+        """Heap of (step - KV tokens, rank, decoder), stale entries included."""
+        # The flight: what the pending event stands for.
+        self._version = 0
+        self._wake_ps = -1
+        self._start_ps = 0
+        self._count = 0
+        """Steps in the flight; 0 while the engine is asleep."""
+        self._first_ps = 0
+        self._slope_ps = 0
+        self._ends: list[int] | None = None
+        """Ends of the steps of a run over prompt chunks, from ``_start_ps``; else ``None``."""
+        self._chunk = 0
+        self._prefill_tokens = 0
+        self._batched = 0
+        """Decoders in the flight's steps."""
+
+    # ------------------------------------------------------------------ views
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def free_blocks(self, tier: Tier = Tier.HBM) -> int:
+        self.sync()
+        return self.pool.free
+
+    def matched_tokens(self, request: RequestView) -> int:
+        assert isinstance(request, Request)
+        if not self._caching:
+            return 0
+        self.sync()
+        limit = (request.prompt_tokens - 1) // self.block_tokens
+        return self.pool.match(request, limit)[1] * self.block_tokens
+
+    @property
+    def evictions(self) -> int:
+        """Cached blocks given up so far."""
+        return self.pool.evictions
+
+    def publish(self) -> None:
+        """Keep a copy of the cache's content for routers, brought up to date on demand."""
+        self.pool.log = []
+        self._published: dict[int, int] = {}
+
+    def published(self) -> Container[int]:
+        """Ids of the blocks that are cached now; what an earlier call returned changes too."""
+        self.sync()
+        copies = self._published
+        assert self.pool.log is not None
+        for event, start, blocks in self.pool.log:
+            for ident in range(start, start + blocks):
+                if event == "store":
+                    copies[ident] = copies.get(ident, 0) + 1
+                elif copies[ident] == 1:
+                    del copies[ident]
+                else:
+                    copies[ident] -= 1
+        self.pool.log.clear()
+        return copies
+
+    # ------------------------------------------------------------------ arrivals
+
+    def add(self, request: Request) -> None:
+        """A request arrives."""
+        now: int = self.env._now  # type: ignore[assignment]
+        if not self._accept(request, now):
+            return
+        if self._count == 0:  # asleep: the step begins when all arrivals of this instant are in
+            if self._wake_ps != now:
+                self._wake_ps = now
+                self._schedule(self._wake, 0)
+        elif (
+            self._count > 1
+            and self._ends is None
+            and (self._queue[0][2] is request or not self._plain_admission)
+            and len(self._running) < self._most
+        ):
+            # It could be admitted (or change the policy's mind) at the next step. Otherwise it
+            # stands behind a head that stays blocked: inside a run blocks only get fewer.
+            steps = self._boundary(now)
+            if steps < self._count:
+                self._count = steps
+                self._schedule(self._end, self._start_ps + self._elapsed(steps) - now)
+
+    def _schedule(self, callback: object, delay_ps: int) -> None:
+        """Arm the engine's one timer; an older event is ignored when it fires."""
+        self._version += 1
+        self.events += 1
+        event = Event(self.env)
+        event._ok = True
+        event._value = self._version
+        event.callbacks.append(callback)  # type: ignore[union-attr, arg-type]
+        self.env.schedule(event, LATE + self.id, delay_ps)  # type: ignore[arg-type]
+
+    def _wake(self, event: Event) -> None:
+        if event._value == self._version:
+            self._begin()
+
+    # ------------------------------------------------------------------ time inside a flight
+
+    def _elapsed(self, steps: int) -> int:
+        """Duration of the flight's first ``steps`` steps."""
+        if self._ends is not None:
+            return self._ends[steps - 1]
+        return steps * self._first_ps + self._slope_ps * (steps * (steps - 1) // 2)
+
+    def _boundary(self, now_ps: int) -> int:
+        """The step of the flight in progress at ``now``: the first that ends then or later."""
+        elapsed = now_ps - self._start_ps
+        if self._ends is not None:
+            return bisect_left(self._ends, elapsed) + 1
+        first, slope = self._first_ps, self._slope_ps
+        if elapsed <= first:
+            return 1
+        if not slope:
+            return -(-elapsed // first)
+        m = 2 * first - slope
+        steps = max((isqrt(m * m + 8 * slope * elapsed) - m) // (2 * slope), 1)
+        while steps * first + slope * (steps * (steps - 1) // 2) < elapsed:
+            steps += 1
+        return steps
+
+    def sync(self) -> None:
+        """Bring the state up to the step in progress (vLLM allocates when a step starts)."""
+        if self._count <= 1:
+            return
+        steps = min(self._boundary(self.env._now), self._count) - 1  # type: ignore[arg-type]
+        if steps < 1:
+            return
+        self._log(steps)
+        elapsed = self._elapsed(steps)
+        self._fold(steps)
+        self._start_ps += elapsed
+        self._count -= steps
+        if self._ends is not None:
+            self._ends = [end - elapsed for end in self._ends[steps:]]
+        else:
+            self._first_ps += self._slope_ps * steps
+
+    def _fold(self, steps: int) -> None:
+        """Account for the start of ``steps`` more steps of the flight."""
+        tokens = self.block_tokens
+        cycles, rest = divmod(steps, tokens)
+        need = cycles * self._decodes
+        if rest:
+            phase, step = self._phase, self._step
+            for i in range(1, rest + 1):
+                need += phase[-(step + i) % tokens]
+        if self._ends is not None:
+            partial = next(iter(self._prefilling))
+            partial.computed_tokens += steps * self._chunk
+            blocks = -(-partial.computed_tokens // tokens)
+            need += blocks - partial.blocks
+            partial.blocks = blocks
+        if need:
+            self.pool.take(need, self.env._now / PS_PER_S)
+        if self._ends is not None and self._caching:
+            self.pool.store(partial, partial.computed_tokens // tokens)
+        self._step += steps
+        self._context += steps * self._decodes
+
+    def _log(self, steps: int) -> None:
+        """Report ``steps`` steps of the flight, from its start."""
+        self.steps_done += steps
+        if self._ends is None:
+            self.sink.ran(
+                RunRecord(
+                    self.id, self._start_ps, self._first_ps, self._slope_ps, steps, self._batched,
+                    self._prefill_tokens, len(self._queue), self.pool.free,
+                )
+            )  # fmt: skip
+            return
+        start = 0
+        for end in self._ends[:steps]:
+            self.sink.ran(
+                RunRecord(
+                    self.id, self._start_ps + start, end - start, 0, 1, self._batched,
+                    self._prefill_tokens, len(self._queue), self.pool.free,
+                )
+            )  # fmt: skip
+            self._prefill_tokens = self._chunk
+            start = end
+
+    # ------------------------------------------------------------------ decoders
+
+    def _kv(self, request: Request) -> int:
+        """KV tokens of a decoder at ``_step``: its last generated token has none."""
+        return request.prompt_tokens + request._true_output_tokens - 1 - (request.due - self._step)
+
+    def _join(self, request: Request) -> None:
+        """The request decodes from ``_step`` on."""
+        step = self._step
+        kv = request.computed_tokens
+        request.decoding = True
+        request.phase = (kv - step) % self.block_tokens
+        self._phase[request.phase] += 1
+        self._decodes += 1
+        self._context += kv
+        due = step + request._true_output_tokens - request.output_tokens
+        request.due = due
+        bucket = self._due.get(due)
+        if bucket is None:
+            self._due[due] = [request]
+            heappush(self._due_heap, due)
+        else:
+            bucket.append(request)
+        if self.steps.longest_matters:
+            request.longest_key = step - kv
+            heappush(self._longest, (request.longest_key, request.rank, request))
+
+    def _leave(self, request: Request) -> None:
+        """The request no longer decodes; brings its counters up to date."""
+        kv = self._kv(request)
+        request.computed_tokens = kv
+        request.output_tokens = kv + 1 - request.prompt_tokens
+        request.decoding = False
+        self._phase[request.phase] -= 1
+        self._decodes -= 1
+        self._context -= kv
+        request.longest_key = 1
+
+    def _longest_decode(self) -> int:
+        """KV tokens of the longest decoder, the one computed now included."""
+        if not self._decodes or not self.steps.longest_matters:
+            return 0
+        heap = self._longest
+        while heap[0][0] != heap[0][2].longest_key or not heap[0][2].decoding:
+            heappop(heap)
+        if len(heap) > 64 + 4 * self._decodes:
+            heap[:] = [entry for entry in heap if entry[2].decoding]
+            heapify(heap)
+        return self._step - heap[0][0] + 1
+
+    def _next_due(self) -> int:
+        """The step at whose end the next decoder finishes."""
+        heap, due = self._due_heap, self._due
+        while not due.get(heap[0]):
+            due.pop(heappop(heap), None)
+        return heap[0]
+
+    # ------------------------------------------------------------------ a step begins
+
+    def _begin(self) -> None:
+        """Schedule one step by vLLM's rules and launch as many as must be alike."""
+        self._completing = []
+        self._stalled = []
+        self._fragile = False
+        prefills: list[tuple[int, int]] = []
+        threshold = self._threshold() if self._limited else 0
+        decodes = self._decodes
+        tokens = self.block_tokens
+        left = self._budget - decodes
+        need = self._phase[-self._step % tokens] if decodes else 0
+        partial: Request | None = None
+        chunk = 0
+        plain = need <= self.pool.free
+        if self._prefilling:
+            partial = next(reversed(self._running))
+            plain = not threshold and len(self._prefilling) == 1 and partial in self._prefilling
+            if plain:
+                total = partial.prompt_tokens + partial.output_tokens
+                chunk = min(total - partial.computed_tokens, left)
+                blocks = -(-(partial.computed_tokens + chunk) // tokens)
+                need += blocks - partial.blocks
+                plain = need <= self.pool.free
+        if plain:
+            if need:
+                self.pool.take(need, self.env._now / PS_PER_S)
+            if partial is not None:
+                partial.blocks = blocks
+                left -= chunk
+                self._compute(partial, chunk, prefills)
+            preempted = False
+        else:
+            left, preempted = self._schedule_running(threshold, prefills)
+        if not preempted and self._queue and left > 0:
+            left = self._admit(left, threshold, prefills)
+        # After a preemption nobody was admitted, so the next step must look at the queue.
+        self._launch(prefills, alone=preempted, full=left == 0 and not self._limited)
+
+    def _compute(self, request: Request, tokens: int, prefills: list[tuple[int, int]]) -> None:
+        """Put ``tokens`` more of a prompt into the step."""
+        prefills.append((tokens, request.computed_tokens))
+        request.computed_tokens += tokens
+        if self._caching:
+            self.pool.store(request, request.computed_tokens // self.block_tokens)
+        if request.computed_tokens == request.prompt_tokens + request.output_tokens:
+            self._prefilling.pop(request, None)
+            self._completing.append(request)
+        else:
+            self._prefilling[request] = None
+
+    def _admit(self, left: int, threshold: int, prefills: list[tuple[int, int]]) -> int:
+        """Admit from the head of the queue while the budget lasts (rules 9, 10, 12-15)."""
+        limits, pool, tokens = self.limits, self.pool, self.block_tokens
+        now: int = self.env._now  # type: ignore[assignment]
+        now_s = now / PS_PER_S
+        running = self._running
+        while left > 0 and len(running) < self._most:
+            request = self._head(now)
+            if request is None:
+                break
+            total = request.prompt_tokens + request.output_tokens
+            hit = idle = 0
+            found = []
+            if self._caching:
+                found, hit, idle = pool.match(request, (total - 1) // tokens)
+                if hit and not self._plain_use:
+                    hit = self._used_blocks(request, hit, now)
+                    found, idle = pool.truncate(found, hit)
+            chunk = total - hit * tokens
+            if 0 < threshold < chunk:
+                chunk = threshold
+            if chunk > left:
+                if not limits.enable_chunked_prefill:
+                    break
+                chunk = left
+            free = pool.free - idle - (self._watermark if running else 0)
+            need = -(-(hit * tokens + chunk) // tokens) - hit
+            if need > free or (
+                limits.scheduler_reserve_full_isl and -(-total // tokens) - hit > free
+            ):
+                # Inside a run free blocks only get fewer, so a blocked head stays blocked; only
+                # without the reservation may losing some of its cached prefix make it fit.
+                self._fragile = idle > 0 and not limits.scheduler_reserve_full_isl
+                break
+            heappop(self._queue)
+            self._seats += 1
+            request.seat = self._seats
+            running[request] = None
+            if request.admitted_ps < 0:
+                request.admitted_ps = now
+                request.cached_tokens = hit * tokens
+                if not self._plain_retain:
+                    request.retain_blocks = self._retained_blocks(request, now)
+            if found:
+                pool.acquire(request, found, now_s)
+            pool.take(need, now_s)
+            request.blocks = hit + need
+            request.computed_tokens = hit * tokens
+            left -= chunk
+            self._compute(request, chunk, prefills)
+        return left
+
+    def _schedule_running(
+        self, threshold: int, prefills: list[tuple[int, int]]
+    ) -> tuple[int, bool]:
+        """Rules 6-8 request by request: for steps in which blocks run out or prompts are cut
+        short by the threshold. Returns the budget left and whether anybody was preempted."""
+        tokens, pool = self.block_tokens, self.pool
+        now_s = self.env._now / PS_PER_S
+        left = self._budget
+        order = list(self._running)
+        planned: dict[Request, int] = {}
+        preempted = False
+        i = 0
+        while i < len(order) and left > 0:
+            request = order[i]
+            if request.decoding:
+                kv = self._kv(request)
+                chunk, need = 1, int(kv % tokens == 0)
+            else:
+                kv = request.computed_tokens
+                chunk = request.prompt_tokens + request.output_tokens - kv
+                if 0 < threshold < chunk:
+                    chunk = threshold
+                chunk = min(chunk, left)
+                need = -(-(kv + chunk) // tokens) - request.blocks
+            while need > pool.free:
+                preempted = True
+                if self.admission.preempts == "order":
+                    victim = max(order, key=lambda r: (r.order, r.rank))
+                else:
+                    victim = order[-1]
+                place = order.index(victim) if victim is not order[-1] else len(order) - 1
+                del order[place]
+                i -= place < i
+                left += planned.get(victim, 0)
+                self._preempt(victim, planned.pop(victim, 0), prefills)
+                if victim is request:
+                    break
+            else:
+                if need:
+                    pool.take(need, now_s)
+                left -= chunk
+                planned[request] = chunk
+                if not request.decoding:
+                    request.blocks += need
+                    self._compute(request, chunk, prefills)
+                i += 1
+                continue
+            break
+        for request in order:
+            if request.decoding and request not in planned:
+                self._leave(request)
+                request.blocks = -(-request.computed_tokens // tokens)
+                self._drop_due(request)
+                self._stalled.append(request)
+        return left, preempted
+
+    def _drop_due(self, request: Request) -> None:
+        self._due[request.due].remove(request)
+
+    def _preempt(self, victim: Request, planned: int, prefills: list[tuple[int, int]]) -> None:
+        """Take everything from a running request and put it back into the queue (rule 8)."""
+        tokens = self.block_tokens
+        if victim.decoding:
+            self._leave(victim)
+            self._drop_due(victim)
+            kv = victim.computed_tokens + planned
+            victim.blocks = -(-kv // tokens)
+            if self._caching:
+                self.pool.store(victim, kv // tokens)
+        else:
+            if planned:
+                prefills.remove((planned, victim.computed_tokens - planned))
+                if victim in self._completing:
+                    self._completing.remove(victim)
+            self._prefilling.pop(victim, None)
+        now: int = self.env._now  # type: ignore[assignment]
+        self.pool.release(victim, victim.blocks, now / PS_PER_S)
+        victim.blocks = 0
+        victim.computed_tokens = 0
+        victim.preemptions += 1
+        self.preempted += 1
+        self.changes += 1
+        del self._running[victim]
+        self._enqueue(victim, now)
+
+    # ------------------------------------------------------------------ launch
+
+    def _launch(self, prefills: list[tuple[int, int]], *, alone: bool, full: bool) -> None:
+        """Arm the timer for the step that was scheduled and those that must follow alike."""
+        decodes = self._decodes
+        now: int = self.env._now  # type: ignore[assignment]
+        self._count = 0
+        if not decodes and not prefills:
+            if self._running:  # the first in line preempted itself: an empty step, no time
+                for request in self._stalled:
+                    self._join(request)
+                self._begin()
+            else:
+                self._sleep(now)
+            return
+        self._start_ps = now
+        self._batched = decodes
+        self._ends = None
+        self._prefill_tokens = 0
+        if prefills:
+            self._prefill_tokens = sum(chunk for chunk, _ in prefills)
+            self._first_ps = self.steps.step_ps(
+                Batch(tuple(prefills), decodes, self._context + decodes, self._longest_decode())
+            )
+            self._slope_ps = 0
+            self._count = 1
+            if full and not alone and len(self._prefilling) == 1 and not self._completing:
+                self._extend_chunks()
+            self._schedule(self._end, self._elapsed(self._count))
+            return
+        run = self.steps.decode_run(decodes, self._context + decodes)
+        self._first_ps, self._slope_ps = run.first_ps, run.slope_ps
+        count = 1
+        if not alone and not self._fragile:
+            count = min(self._next_due() - self._step, run.steps)
+            if count > 1:
+                count = self._until_blocks_run_out(count)
+            if count > 1 and self._queue and not self._plain_admission:
+                count = self._until_asked_again(count)
+        self._count = count
+        self._schedule(self._end, self._elapsed(count))
+
+    def _sleep(self, now: int) -> None:
+        """Nothing to run: wait for an arrival, or for the end of a deferral."""
+        until = self._deferred_until_ps()
+        if until is not None:
+            self._schedule(self._wake, until - now)
+
+    def _until_blocks_run_out(self, count: int) -> int:
+        """How many of ``count`` decode steps have blocks; those of the first are taken already."""
+        tokens, decodes, free = self.block_tokens, self._decodes, self.pool.free
+        cycles = (count - 1) // tokens
+        if cycles * decodes + decodes <= free:
+            return count
+        cycles = min(cycles, free // decodes)
+        free -= cycles * decodes
+        steps = 1 + cycles * tokens
+        phase, step = self._phase, self._step
+        while steps < count:
+            need = phase[-(step + steps) % tokens]
+            if need > free:
+                break
+            free -= need
+            steps += 1
+        return steps
+
+    def _until_asked_again(self, count: int) -> int:
+        """Stop where the admission policy wants to be asked about the head again."""
+        if len(self._running) >= self._most:
+            return count
+        horizon = self.admission.horizon_steps
+        if horizon is not None:
+            count = min(count, max(self._asked_step + horizon - self.steps_done, 1))
+        until = self._deferred_until_ps()
+        if until is not None:
+            count = min(count, self._boundary(until))
+        return count
+
+    def _extend_chunks(self) -> None:
+        """Fly over the full-budget chunks of the one prompt in progress (nobody can be admitted)."""
+        tokens, decodes = self.block_tokens, self._decodes
+        partial = next(iter(self._prefilling))
+        chunk = self._budget - decodes
+        rest = partial.prompt_tokens + partial.output_tokens - partial.computed_tokens
+        more = min((rest - 1) // chunk, CHUNK_RUN)
+        if decodes:
+            more = min(more, self._next_due() - self._step - 1)
+        if more < 1:
+            return
+        blocks = -(-(partial.computed_tokens + more * chunk) // tokens) - partial.blocks
+        if blocks + (more // tokens + 1) * decodes > self.pool.free:
+            return
+        longest = self._longest_decode()
+        context = self._context + decodes
+        end = self._first_ps
+        ends = [end]
+        done = partial.computed_tokens
+        for i in range(1, more + 1):
+            batch = Batch(
+                ((chunk, done),), decodes, context + i * decodes, longest + i if longest else 0
+            )
+            end += self.steps.step_ps(batch)
+            ends.append(end)
+            done += chunk
+        self._ends = ends
+        self._chunk = chunk
+        self._count = more + 1
+
+    # ------------------------------------------------------------------ a step ends
+
+    def _end(self, event: Event) -> None:
+        """The last step of the flight is over (rule 17)."""
+        if event._value != self._version:
+            return
+        count = self._count
+        self._log(count)
+        if count > 1:
+            self._fold(count - 1)
+        self._ends = None
+        self._count = 0
+        self._step += 1
+        self._context += self._decodes
+        step = self._step
+        ended: list[Request] = []
+        heap = self._due_heap
+        while heap and heap[0] <= step:
+            ended += self._due.pop(heappop(heap))
+        for request in ended:
+            self._leave(request)
+            request.blocks = -(-request.computed_tokens // self.block_tokens)
+        now: int = self.env._now  # type: ignore[assignment]
+        for request in self._completing:
+            request.output_tokens += 1
+            if request.first_ps < 0:
+                request.first_ps = now
+            if request.output_tokens >= request._true_output_tokens:
+                ended.append(request)
+            else:
+                self._join(request)
+        for request in self._stalled:
+            self._join(request)
+        if ended:
+            if len(ended) > 1:
+                ended.sort(key=lambda request: request.seat)
+            for request in ended:
+                self._finish(request, now)
+        self._begin()
+
+    def _finish(self, request: Request, now: int) -> None:
+        if self._caching:
+            self.pool.store(request, request.computed_tokens // self.block_tokens)
+        self.pool.release(request, request.blocks, now / PS_PER_S)
+        del self._running[request]
+        self._left(request)
+        self.sink.finished(request, self.id, now)
+
+    # ------------------------------------------------------------------ checking
+
+    def audit(self) -> None:
+        self.sync()
+        tokens = self.block_tokens
+        loose = 0
+        for request in self._running:
+            if request.decoding:
+                kv = self._kv(request) + (self._count > 0)
+                loose += -(-kv // tokens) - request.stored
+            else:
+                loose += request.blocks - request.stored
+        self.pool.audit(loose)
+        assert self._decodes == sum(request.decoding for request in self._running)
+        assert sum(self._phase) == self._decodes

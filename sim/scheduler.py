@@ -1,0 +1,349 @@
+"""What both engines share: limits, the waiting queue, admission answers, and the router's view.
+
+``Engine`` is an ``EngineView`` and an ``InstanceView`` as it stands; subclasses add the loop.
+Rule numbers are those of vLLM's scheduler as listed in ``docs/engine.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import inf, isnan
+from typing import NamedTuple, Protocol
+
+import simpy
+
+from policies.api import (
+    ADMIT,
+    Admission,
+    AdmissionPolicy,
+    Admit,
+    Defer,
+    PolicyError,
+    PrefixMatch,
+    Reject,
+    RequestView,
+    ReusePolicy,
+    Tier,
+)
+from sim.latency import StepModel
+from sim.request import ENDLESS, PS_PER_S, Request
+
+LATE = 2
+"""SimPy priority of step ends: arrivals at the same instant come first, engines go by id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """The scheduler options of one engine, by their vLLM names and with its defaults."""
+
+    block_tokens: int = 16
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
+    max_model_len: int | None = None
+    """``None``: what the model allows or the KV cache holds, whichever is less."""
+    num_gpu_blocks: int | None = None
+    """KV blocks, vLLM's null block included; ``None``: what the memory leaves."""
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    long_prefill_token_threshold: int = 0
+    long_prefill_token_threshold_adaptive: bool = False
+    watermark: float = 0.0
+    scheduler_reserve_full_isl: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("block_tokens", "max_num_batched_tokens", "max_num_seqs"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: must be 1 or more")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is less than "
+                f"max_num_seqs={self.max_num_seqs}: a step could not serve every sequence"
+            )
+        if self.num_gpu_blocks is not None and self.num_gpu_blocks < 2:
+            raise ValueError(f"num_gpu_blocks={self.num_gpu_blocks}: must be 2 or more")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization}: must be in (0, 1]"
+            )
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark={self.watermark}: must be in [0, 1)")
+        if self.long_prefill_token_threshold < 0:
+            raise ValueError("long_prefill_token_threshold: must be 0 (off) or more")
+
+
+class RunRecord(NamedTuple):
+    """Engine steps in a row that are alike; step j takes ``first_ps + j * slope_ps``."""
+
+    engine: int
+    start_ps: int
+    first_ps: int
+    slope_ps: int
+    steps: int
+    decodes: int
+    prefill_tokens: int
+    waiting: int
+    free_blocks: int
+
+
+class Sink(Protocol):
+    """Who is told how requests end and what steps cost."""
+
+    def finished(self, request: Request, engine: int, now_ps: int) -> None: ...
+    def rejected(self, request: Request, engine: int, now_ps: int, reason: str) -> None: ...
+    def ran(self, record: RunRecord) -> None: ...
+
+
+class Engine:
+    """One vLLM instance in synchronous mode, without its loop."""
+
+    role = "both"
+    signal_age_s = 0.0
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        ident: int,
+        limits: EngineLimits,
+        blocks: int,
+        max_model_len: int,
+        steps: StepModel,
+        admission: AdmissionPolicy,
+        reuse: ReusePolicy,
+        sink: Sink,
+        *,
+        model: str = "",
+        chip: str = "",
+    ) -> None:
+        self.env = env
+        self.id = ident
+        self.limits = limits
+        self.block_tokens = limits.block_tokens
+        self.total = blocks
+        """Usable KV blocks (vLLM's null block excluded)."""
+        self.max_model_len = max_model_len
+        self.steps = steps
+        self.admission = admission
+        self.reuse = reuse
+        self.sink = sink
+        self.model = model
+        self.chip = chip
+        self.changed: Callable[[Engine], None] | None = None
+        """Told when the number of requests changes, for routers that keep an index."""
+        self.inflight_tokens = 0
+        self.changes = 0
+        """Counts arrivals, finishes and preemptions: while it stands, answers stay valid."""
+        self.steps_done = 0
+        self.events = 0
+        self.preempted = 0
+        self._budget = limits.max_num_batched_tokens
+        self._most = limits.max_num_seqs
+        self._caching = limits.enable_prefix_caching
+        self._queue: list[tuple[float, int, Request]] = []
+        self._arrivals = 0
+        self._seats = 0
+        self._watermark = int(limits.watermark * (blocks + 1))
+        self._plain_admission = type(admission).admit is AdmissionPolicy.admit
+        self._plain_order = type(admission).order is AdmissionPolicy.order
+        self._plain_use = type(reuse).use is ReusePolicy.use
+        self._plain_retain = type(reuse).retain is ReusePolicy.retain
+        self._answer: Admission = ADMIT
+        self._asked: Request | None = None
+        self._asked_change = -1
+        self._asked_step = 0
+
+    # ------------------------------------------------------------------ views
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        raise NotImplementedError
+
+    def free_blocks(self, tier: Tier = Tier.HBM) -> int:
+        raise NotImplementedError
+
+    def total_blocks(self, tier: Tier = Tier.HBM) -> int:
+        return self.total
+
+    def prefill_s(self, tokens: int, context: int = 0) -> float:
+        return self.steps.prefill_ps(tokens, context) / PS_PER_S
+
+    @property
+    def kv_usage(self) -> float:
+        return 1.0 - self.free_blocks() / self.total
+
+    def matched_tokens(self, request: RequestView) -> int:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ queue
+
+    def refusal(self, request: Request) -> str | None:
+        """Why this engine can never run the request, as vLLM's front end would say."""
+        if request.prompt_tokens >= self.max_model_len:
+            return (
+                f"prompt_too_long: {request.prompt_tokens} prompt tokens, "
+                f"but at most {self.max_model_len - 1} fit"
+            )
+        return None
+
+    def _enqueue(self, request: Request, now_ps: int) -> None:
+        order = 0.0
+        if not self._plain_order:
+            order = self.admission.order(request, now_ps / PS_PER_S)
+            if not isinstance(order, int | float) or isnan(order):
+                raise PolicyError(
+                    f"{_name(self.admission)}.order({request.id}) answered {order!r}; "
+                    f"a number was expected"
+                )
+        request.order = order
+        heappush(self._queue, (order, request.rank, request))
+
+    def _accept(self, request: Request, now_ps: int) -> bool:
+        """Take a new request into the queue, or reject it for good."""
+        request.max_tokens = self.max_model_len - request.prompt_tokens
+        if (reason := self.refusal(request)) is not None:
+            self.sink.rejected(request, self.id, now_ps, reason)
+            return False
+        self._arrivals += 1
+        request.rank = self._arrivals
+        self.inflight_tokens += request.prompt_tokens
+        self.changes += 1
+        self._enqueue(request, now_ps)
+        if self.changed is not None:
+            self.changed(self)
+        return True
+
+    def _left(self, request: Request) -> None:
+        """The request is gone: finished or rejected."""
+        self.inflight_tokens -= request.prompt_tokens
+        self.changes += 1
+        if self.changed is not None:
+            self.changed(self)
+
+    # ------------------------------------------------------------------ asking policies
+
+    def _verdict(self, request: Request, now_ps: int) -> Admission:
+        """The admission policy's answer for the head of the queue, asked when it may differ."""
+        answer = self._answer
+        if (
+            self._asked is request
+            and self._asked_change == self.changes
+            and not (type(answer) is Defer and answer.until_s * PS_PER_S <= now_ps)
+            and (
+                self.admission.horizon_steps is None
+                or self.steps_done < self._asked_step + self.admission.horizon_steps
+            )
+        ):
+            return answer
+        answer = self.admission.admit(request, self, now_ps / PS_PER_S)
+        if not isinstance(answer, Admit | Defer | Reject):
+            raise PolicyError(
+                f"{_name(self.admission)}.admit({request.id}) answered {answer!r}; "
+                f"Admit, Defer or Reject was expected"
+            )
+        if type(answer) is Defer and answer.until_s * PS_PER_S <= now_ps:
+            raise PolicyError(
+                f"{_name(self.admission)}.admit({request.id}, now={now_ps / PS_PER_S}) deferred "
+                f"until {answer.until_s}, which has passed"
+            )
+        self._asked = request
+        self._asked_change = self.changes
+        self._asked_step = self.steps_done
+        self._answer = answer
+        return answer
+
+    def _head(self, now_ps: int) -> Request | None:
+        """The waiting request that may run now; rejects those the policy refuses."""
+        queue = self._queue
+        while queue:
+            request = queue[0][2]
+            if self._plain_admission:
+                return request
+            answer = self._verdict(request, now_ps)
+            if type(answer) is Admit:
+                return request
+            if type(answer) is Defer:
+                return None
+            heappop(queue)
+            assert isinstance(answer, Reject)
+            self.sink.rejected(request, self.id, now_ps, answer.reason)
+            self._left(request)
+        return None
+
+    def _deferred_until_ps(self) -> int | None:
+        """When the head that the policy deferred must be asked again; ``None``: on a change."""
+        answer = self._answer
+        if (
+            self._queue
+            and type(answer) is Defer
+            and self._asked is self._queue[0][2]
+            and self._asked_change == self.changes
+            and answer.until_s != inf
+        ):
+            return -int(-answer.until_s * PS_PER_S // 1)
+        return None
+
+    def _used_blocks(self, request: Request, hit: int, now_ps: int) -> int:
+        """How many of ``hit`` cached blocks the reuse policy wants."""
+        tokens = hit * self.block_tokens
+        match = PrefixMatch(((Tier.HBM, tokens),))
+        use = self.reuse.use(request, match, self, now_ps / PS_PER_S)
+        if not isinstance(use, int) or not 0 <= use <= tokens:
+            raise PolicyError(
+                f"{_name(self.reuse)}.use({request.id}) answered {use!r}; "
+                f"a whole number from 0 to {tokens} was expected"
+            )
+        return use // self.block_tokens
+
+    def _retained_blocks(self, request: Request, now_ps: int) -> int:
+        """How many leading blocks of the request the reuse policy keeps."""
+        kept = self.reuse.retain(request, self, now_ps / PS_PER_S)
+        if kept is None:
+            return ENDLESS
+        tokens = kept.get(Tier.HBM, 0)
+        if not isinstance(tokens, int) or tokens < 0:
+            raise PolicyError(
+                f"{_name(self.reuse)}.retain({request.id}) answered {tokens!r} tokens for HBM; "
+                f"a whole number of 0 or more was expected"
+            )
+        return tokens // self.block_tokens
+
+    def _threshold(self) -> int:
+        """The longest prompt chunk of this step, 0 for no limit (rule 5)."""
+        limits = self.limits
+        threshold = limits.long_prefill_token_threshold
+        if threshold:
+            present = self.running + len(self._queue)
+            if present <= 1:
+                return 0
+            if limits.long_prefill_token_threshold_adaptive:
+                return max(threshold, limits.max_num_batched_tokens // present)
+        return threshold
+
+    # ------------------------------------------------------------------ checking
+
+    def audit(self) -> None:
+        """Check invariants I1 and I2 for this engine as it stands."""
+        raise NotImplementedError
+
+    def stuck(self) -> str | None:
+        """Why requests are still waiting although nothing will happen any more."""
+        if not self._queue:
+            return None
+        request = self._queue[0][2]
+        if type(self._answer) is Defer and self._asked is request:
+            return (
+                f"{_name(self.admission)}.admit deferred request {request.id} without a time "
+                f"({self._answer.reason or 'no reason given'}), and nothing is left to change"
+            )
+        return f"request {request.id} waits although engine {self.id} is idle"
+
+
+def _name(policy: object) -> str:
+    """What to call a policy in a message: its registered name, else its class."""
+    return str(getattr(type(policy), "policy_name", type(policy).__qualname__))

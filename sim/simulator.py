@@ -1,0 +1,448 @@
+"""The simulated backend: replays a trace on engines under policies, on SimPy's clock."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import simpy
+from simpy.events import Event, Timeout
+
+from policies.api import PolicyError, PolicySet, Slo
+from sim.backend import Deployment
+from sim.cluster import AnyEngine, Cluster
+from sim.engine import FastEngine
+from sim.latency import StepModel
+from sim.oracle import TraceOracle
+from sim.request import NO_SLO, PS_PER_S, Request
+from sim.result import Result
+from sim.scheduler import RunRecord, _name
+from sim.stepwise import StepEngine
+from traces.schema import Trace
+
+CHUNK = 65_536
+"""Rows of the trace (and of the log) that are converted at a time."""
+
+
+class Simulator:
+    """Serves traces on a deployment.
+
+    Args:
+        deployment: the engines.
+        signal_age_s: how old the state may be that routers see; 0 is exact.
+        mode: ``fast`` simulates changes, ``stepwise`` every engine step, with equal results.
+        step_model: what a step costs; ``None`` takes the deployment's.
+        record_runs: keep the table of step runs (timelines and inter-token latencies).
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        *,
+        signal_age_s: float = 0.0,
+        mode: Literal["fast", "stepwise"] = "fast",
+        step_model: StepModel | None = None,
+        record_runs: bool = True,
+    ) -> None:
+        if mode not in ("fast", "stepwise"):
+            raise ValueError(f"mode={mode!r}: must be 'fast' or 'stepwise'")
+        if not 0 <= signal_age_s < float("inf"):
+            raise ValueError(f"signal_age_s={signal_age_s}: must be 0 or more")
+        self.deployment = deployment
+        self.signal_age_s = signal_age_s
+        self.mode = mode
+        self.step_model = step_model
+        self.record_runs = record_runs
+
+    def serve(
+        self,
+        trace: Trace,
+        policies: PolicySet,
+        *,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """Replay the trace to the end.
+
+        Args:
+            trace: what arrives; later turns of a session wait for their predecessor.
+            policies: factories; each engine gets its own objects.
+            seed: of everything random; the same seed gives the same result to the bit.
+            progress: called now and then with (requests done, requests).
+
+        Raises:
+            ProfileError: the model does not fit the chips.
+            PolicyError: a policy broke its contract.
+        """
+        run = _Run(self, trace, policies, seed, progress)
+        run.play()
+        return run.result()
+
+
+class _Run:
+    """One replay: the arrivals, the engines and the tables that fill up."""
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        trace: Trace,
+        policies: PolicySet,
+        seed: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.simulator = simulator
+        self.trace = trace
+        self.seed = seed
+        self.progress = progress
+        self.policies = policies
+        deployment = simulator.deployment
+        self.blocks = deployment.kv_blocks()
+        self.max_model_len = deployment.max_model_len()
+        self.steps = simulator.step_model or deployment.step_model()
+        self.env = simpy.Environment()
+        self.oracle: TraceOracle | None = None
+        tokens = deployment.limits.block_tokens
+        self.chains = (
+            trace.recoded(tokens, full_blocks_only=True)
+            if trace.block_tokens and deployment.limits.enable_prefix_caching
+            else None
+        )
+        self.engines = [self._engine(i) for i in range(deployment.engines)]
+        self.pd = _build(policies.pd, seed, "pd", "place")
+        self.cluster = Cluster(self.env, self.engines, self.pd, simulator.signal_age_s)
+        count = len(trace)
+        self.count = count
+        self.done = 0
+        nan = float("nan")
+        self.arrival_s = np.full(count, nan)
+        self.admitted_s = np.full(count, nan)
+        self.first_token_s = np.full(count, nan)
+        self.finish_s = np.full(count, nan)
+        self.output_tokens = np.zeros(count, dtype=np.int64)
+        self.cached_tokens = np.zeros(count, dtype=np.int64)
+        self.preemptions = np.zeros(count, dtype=np.int32)
+        self.engine = np.full(count, -1, dtype=np.int32)
+        self.reasons: dict[int, str] = {}
+        self.log = _RunLog() if simulator.record_runs else None
+        self._sessions()
+        self.waiting_turns: dict[int, Request] = {}
+        """Turns whose time has come but whose predecessor is not done, by its row."""
+        self.ended_ps: dict[int, int] = {}
+        """When predecessors ended whose successor's time has not come."""
+        self._arrivals = self._requests()
+        self._next: Request | None = None
+        self.events = 0
+
+    def _engine(self, ident: int) -> AnyEngine:
+        simulator, policies = self.simulator, self.policies
+        deployment = simulator.deployment
+        eviction = _build(policies.eviction, self.seed, f"eviction/{ident}", "victims")
+        if eviction.needs_oracle:
+            if self.oracle is None:
+                self.oracle = TraceOracle(self.trace, self.chains)
+            eviction.attach_oracle(self.oracle)
+        kind = FastEngine if simulator.mode == "fast" else StepEngine
+        return kind(
+            self.env,
+            ident,
+            deployment.limits,
+            self.blocks,
+            self.max_model_len,
+            self.steps,
+            _build(policies.admission, self.seed, f"admission/{ident}", "admit"),
+            _build(policies.reuse, self.seed, f"reuse/{ident}", "use"),
+            self,
+            model=deployment.model.name,
+            chip=deployment.chip.name,
+            eviction=eviction,
+        )
+
+    # ------------------------------------------------------------------ arrivals
+
+    def _sessions(self) -> None:
+        """Rows of each turn's predecessor and successor, -1 where there is none."""
+        self.previous = np.full(self.count, -1, dtype=np.int64)
+        self.following = np.full(self.count, -1, dtype=np.int64)
+        table = self.trace.requests
+        rows = np.flatnonzero((table["session"] != "").to_numpy())
+        if not len(rows):
+            return
+        codes = table["session"].iloc[rows].astype("category").cat.codes.to_numpy()
+        order = np.lexsort((table["turn"].to_numpy()[rows], codes))
+        rows, codes = rows[order], codes[order]
+        same = codes[1:] == codes[:-1]
+        self.previous[rows[1:][same]] = rows[:-1][same]
+        self.following[rows[:-1][same]] = rows[1:][same]
+
+    def _requests(self) -> Iterator[Request]:
+        """Requests in order of the trace's arrival times, made when they are needed."""
+        table = self.trace.requests
+        columns = (
+            "id", "arrival_s", "prompt_tokens", "output_tokens", "session", "tenant", "model",
+            "kind", "priority", "slo_class", "slo_ttft_s", "slo_tpot_s", "slo_e2e_s",
+        )  # fmt: skip
+        slos: dict[tuple[str, float, float, float], Slo] = {
+            ("", float("inf"), float("inf"), float("inf")): NO_SLO
+        }
+        chains = self.chains
+        if chains is not None:
+            starts, counts = chains.start, chains.count
+            offsets = chains.offset
+        model = self.simulator.deployment.model.name
+        for low in range(0, self.count, CHUNK):
+            part = [table[name].iloc[low : low + CHUNK].tolist() for name in columns]
+            for row, values in enumerate(zip(*part, strict=True), low):
+                name, arrival, prompt, output, session, tenant, wanted, kind, priority = values[:9]
+                key = cast("tuple[str, float, float, float]", values[9:])
+                slo = slos.get(key)
+                if slo is None:
+                    slo = slos[key] = Slo(
+                        name=key[0] or "none", ttft_s=key[1], tpot_s=key[2], e2e_s=key[3]
+                    )
+                chain: list[tuple[int, int]] = []
+                if chains is not None:
+                    a, b = offsets[row], offsets[row + 1]
+                    chain = list(zip(starts[a:b].tolist(), counts[a:b].tolist(), strict=True))
+                request = Request(
+                    row, round(arrival * PS_PER_S), prompt, output, chain, name=name, slo=slo,
+                    priority=priority, session=session, tenant=tenant, model=wanted or model,
+                    kind=kind,
+                )  # fmt: skip
+                if self.oracle is not None:
+                    request.future_s = self.oracle.of(row)
+                yield request
+
+    def play(self) -> None:
+        """Run the clock until everything has happened."""
+        # Nothing here forms reference cycles, so collecting garbage only costs time.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            self._arm_next()
+            self.env.run()
+        finally:
+            if collecting:
+                gc.enable()
+        for engine in self.engines:
+            if (why := engine.stuck()) is not None:
+                raise PolicyError(why)
+            engine.audit()
+        if self.done != self.count:  # invariant I1
+            raise AssertionError(f"{self.count} requests arrived, but {self.done} ended")
+
+    def _arm_next(self) -> None:
+        self._next = next(self._arrivals, None)
+        if self._next is not None:
+            self._at(self._next.arrival_ps, self._arrive)
+
+    def _at(self, when_ps: int, callback: Callable[[Event], None], value: object = None) -> None:
+        self.events += 1
+        timeout = Timeout(self.env, when_ps - int(self.env.now), value)
+        timeout.callbacks.append(callback)  # type: ignore[union-attr]
+
+    def _arrive(self, event: Event) -> None:
+        request = self._next
+        assert request is not None
+        row = request.index
+        before = int(self.previous[row])
+        if before < 0:
+            self._submit(request)
+        elif before in self.ended_ps:
+            self._release(request, self.ended_ps.pop(before))
+        else:
+            self.waiting_turns[before] = request
+        self._arm_next()
+
+    def _release(self, request: Request, ended_ps: int) -> None:
+        """The predecessor is done: the turn comes after the think time, if not later anyway."""
+        think_ps = round(float(self.trace.requests["think_s"].iat[request.index]) * PS_PER_S)
+        now = int(self.env.now)
+        # The client sees the answer one tick (1 ps) after it is complete.
+        when = max(request.arrival_ps, ended_ps + think_ps, ended_ps + 1)
+        if when <= now:
+            self._submit(request)
+        else:
+            self._at(when, self._arrive_late, request)
+
+    def _arrive_late(self, event: Event) -> None:
+        self._submit(cast("Request", event._value))
+
+    def _submit(self, request: Request) -> None:
+        now = int(self.env.now)
+        request.arrival_ps = now
+        request.arrival_s = self.arrival_s[request.index] = now / PS_PER_S
+        self.cluster.submit(request)
+
+    # ------------------------------------------------------------------ what engines tell
+
+    def finished(self, request: Request, engine: int, now_ps: int) -> None:
+        row = request.index
+        self.finish_s[row] = now_ps / PS_PER_S
+        self.first_token_s[row] = request.first_ps / PS_PER_S
+        self._ended(request, engine, now_ps)
+
+    def rejected(self, request: Request, engine: int, now_ps: int, reason: str) -> None:
+        self.reasons[request.index] = reason
+        self._ended(request, engine, now_ps)
+
+    def ran(self, record: RunRecord) -> None:
+        if self.log is not None:
+            self.log.append(record)
+
+    def _ended(self, request: Request, engine: int, now_ps: int) -> None:
+        row = request.index
+        if request.admitted_ps >= 0:
+            self.admitted_s[row] = request.admitted_ps / PS_PER_S
+        self.output_tokens[row] = request.output_tokens
+        self.cached_tokens[row] = request.cached_tokens
+        self.preemptions[row] = request.preemptions
+        self.engine[row] = engine
+        self.done += 1
+        if self.progress is not None and (self.done % 256 == 0 or self.done == self.count):
+            self.progress(self.done, self.count)
+        if self.following[row] >= 0:
+            turn = self.waiting_turns.pop(row, None)
+            if turn is None:
+                self.ended_ps[row] = now_ps
+            else:
+                self._release(turn, now_ps)
+
+    # ------------------------------------------------------------------ result
+
+    def result(self) -> Result:
+        trace, deployment = self.trace, self.simulator.deployment
+        table = trace.requests
+        state = np.full(self.count, "finished", dtype=object)
+        reason = np.full(self.count, "", dtype=object)
+        for row, why in self.reasons.items():
+            state[row] = "rejected"
+            reason[row] = why
+        requests = pd.DataFrame(
+            {
+                "id": table["id"],
+                "arrival_s": self.arrival_s,
+                "recorded_s": table["arrival_s"],
+                "admitted_s": self.admitted_s,
+                "first_token_s": self.first_token_s,
+                "finish_s": self.finish_s,
+                "prompt_tokens": table["prompt_tokens"],
+                "output_tokens": self.output_tokens,
+                "cached_tokens": self.cached_tokens,
+                "preemptions": self.preemptions,
+                "engine": self.engine,
+                "state": pd.Categorical(state, categories=["finished", "rejected"]),
+                "reason": pd.Categorical(reason),
+                "session": table["session"],
+                "turn": table["turn"],
+                "tenant": table["tenant"],
+                "slo_class": table["slo_class"],
+                "slo_ttft_s": table["slo_ttft_s"],
+                "slo_tpot_s": table["slo_tpot_s"],
+                "slo_e2e_s": table["slo_e2e_s"],
+            }
+        )
+        engines = pd.DataFrame(
+            {
+                "engine": [engine.id for engine in self.engines],
+                "steps": [engine.steps_done for engine in self.engines],
+                "preemptions": [engine.preempted for engine in self.engines],
+                "evictions": [engine.evictions for engine in self.engines],
+                "kv_blocks": [engine.total for engine in self.engines],
+            }
+        )
+        chip = deployment.chip
+        chips = deployment.chips_per_engine * deployment.engines
+        price = chip.price_usd_per_h
+        meta: dict[str, Any] = {
+            "backend": "sim",
+            "mode": self.simulator.mode,
+            "trace": trace.name,
+            "trace_notes": list(trace.notes),
+            "synthetic": trace.synthetic,
+            "chip": chip.name,
+            "model": deployment.model.name,
+            "engines": deployment.engines,
+            "chips": chips,
+            "block_tokens": deployment.limits.block_tokens,
+            "kv_blocks": self.blocks,
+            "max_model_len": self.max_model_len,
+            "signal_age_s": self.simulator.signal_age_s,
+            "seed": self.seed,
+            "policies": {
+                "admission": _name(self.engines[0].admission),
+                "eviction": _name(self.engines[0].eviction),
+                "reuse": _name(self.engines[0].reuse),
+                "pd": _name(self.pd),
+                "routing": _name(getattr(self.pd, "router", self.pd)),
+            },
+            "calibrated": chip.calibrated,
+            "calibration": chip.calibration,
+            "warnings": list(chip.warnings),
+            "price_usd_per_s": None if price is None else price * chips / 3600,
+            "simpy_events": self.events + sum(engine.events for engine in self.engines),
+        }
+        runs = self.log.table() if self.log is not None else _RunLog().table()
+        return Result(requests=requests, runs=runs, engines=engines, meta=meta)
+
+
+class _RunLog:
+    """Collects run records as tuples and packs them into columns now and then."""
+
+    COLUMNS = (
+        ("engine", "int32"), ("start_s", "float64"), ("first_s", "float64"),
+        ("slope_s", "float64"), ("steps", "int64"), ("decodes", "int32"),
+        ("prefill_tokens", "int32"), ("waiting", "int32"), ("free_blocks", "int64"),
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._records: list[RunRecord] = []
+        self._packed: list[list[np.ndarray]] = []  # type: ignore[type-arg]
+
+    def append(self, record: RunRecord) -> None:
+        self._records.append(record)
+        if len(self._records) >= CHUNK:
+            self._pack()
+
+    def _pack(self) -> None:
+        columns = list(zip(*self._records, strict=True))
+        self._packed.append(
+            [
+                np.array(values, dtype="float64") / PS_PER_S
+                if dtype == "float64"
+                else np.array(values, dtype=dtype)
+                for (_, dtype), values in zip(self.COLUMNS, columns, strict=True)
+            ]
+        )
+        self._records = []
+
+    def table(self) -> pd.DataFrame:
+        if self._records:
+            self._pack()
+        return pd.DataFrame(
+            {
+                name: np.concatenate([part[i] for part in self._packed])
+                if self._packed
+                else np.empty(0, dtype=dtype)
+                for i, (name, dtype) in enumerate(self.COLUMNS)
+            }
+        )
+
+
+def _build(factory: Callable[..., Any], seed: int, stream: str, method: str) -> Any:
+    """Call a policy factory, with a seed of its own if it takes one that is not set."""
+    options: dict[str, Any] = {}
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]
+    if "seed" in parameters and "seed" not in getattr(factory, "keywords", {}):
+        options["seed"] = zlib.crc32(f"{seed}/{stream}".encode())
+    policy = factory(**options)
+    if not callable(getattr(policy, method, None)):
+        raise PolicyError(f"{policy!r} is not a {stream.partition('/')[0]} policy: no {method}()")
+    return policy

@@ -1,0 +1,263 @@
+"""Random cases for the differential test: the fast engine against the reference engine.
+
+``python sim/tests/twins.py FIRST COUNT`` compares any number of them (``make fuzz``).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import simpy
+from simpy.events import Event, Timeout
+
+from policies.api import PDPolicy, Slo
+from policies.registry import create, policy_set
+from sim.cluster import Cluster
+from sim.engine import FastEngine
+from sim.latency import AffineStepModel
+from sim.request import Request
+from sim.scheduler import EngineLimits, RunRecord
+from sim.stepwise import StepEngine
+
+PS = 1_000_000_000_000
+SLOS = (
+    Slo(),
+    Slo(name="interactive", ttft_s=0.5, tpot_s=0.05),
+    Slo(name="standard", ttft_s=2.0, tpot_s=0.1),
+    Slo(name="batch", ttft_s=20.0, tpot_s=0.5),
+)
+
+
+@dataclass
+class Case:
+    """One random workload on one random deployment; everything follows from the seed."""
+
+    seed: int
+    engines: int
+    limits: EngineLimits
+    blocks: int
+    max_model_len: int
+    steps: tuple[int, int, int, int, int]
+    admission: dict[str, Any]
+    eviction: str
+    reuse: dict[str, Any]
+    routing: str
+    signal_age_s: float
+    requests: list[dict[str, Any]] = field(default_factory=list)
+
+
+def random_case(seed: int) -> Case:
+    """A case: mostly small and crowded, because that is where rules meet."""
+    rng = random.Random(seed)
+    tokens = rng.choice([4, 16, 16, 16, 64])
+    longest_prompt = rng.choice([50, 300, 1500, 6000])
+    longest_output = rng.choice([3, 50, 400])
+    longest = (longest_prompt + longest_output) // tokens + 2
+    blocks = longest + rng.randint(0, longest * rng.choice([0, 1, 3, 20]))
+    seats = rng.choice([2, 4, 16, 64, 256])
+    budget = max(rng.choice([64, 256, 512, 2048]), seats)
+    threshold = rng.choice([0] * 6 + [16, 100])
+    chunked = rng.random() < 0.9
+    limits = EngineLimits(
+        block_tokens=tokens,
+        max_num_batched_tokens=budget if chunked else max(budget, longest_prompt + longest_output),
+        max_num_seqs=seats,
+        num_gpu_blocks=blocks + 1,
+        enable_prefix_caching=rng.random() < 0.8,
+        enable_chunked_prefill=chunked,
+        long_prefill_token_threshold=threshold,
+        long_prefill_token_threshold_adaptive=rng.random() < 0.5,
+        watermark=rng.choice([0.0, 0.0, 0.0, 0.05, 0.2]),
+        scheduler_reserve_full_isl=rng.random() < 0.85,
+    )
+    tie = rng.random() < 0.1  # coarse times, so that arrivals fall on step boundaries
+    steps = (
+        rng.randint(1, 10**10),
+        rng.randint(1, 10**8),
+        rng.randint(0, 10**8),
+        rng.randint(0, 10**5),
+        rng.randint(0, 1000),
+    )
+    if tie:
+        steps = (10**9, 0, 0, 0, 0)
+    case = Case(
+        seed=seed,
+        engines=rng.choice([1, 1, 2, 3]),
+        limits=limits,
+        blocks=blocks,
+        max_model_len=blocks * tokens,
+        steps=steps,
+        admission=rng.choice(
+            [
+                {"name": "fcfs"},
+                {"name": "fcfs"},
+                {"name": "priority"},
+                {"name": "shortest_prompt"},
+                {
+                    "name": "token_bucket",
+                    "rate_tokens_per_s": rng.choice([300.0, 3000.0]),
+                    "burst_tokens": 1000,
+                },
+            ]
+        ),
+        eviction=rng.choice(["lru", "lru", "lfu", "fifo", "slo_aware"]),
+        reuse=rng.choice(
+            [{"name": "always"}] * 3
+            + [{"name": "never"}, {"name": "cap", "max_tokens": rng.choice([10, 64, 500])}]
+        ),
+        routing=rng.choice(["round_robin", "least_loaded", "prefix_affinity", "power_of_two"]),
+        signal_age_s=rng.choice([0.0, 0.0, 0.0, 0.05]),
+    )
+    span = rng.choice([0.001, 0.1, 1, 20])
+    documents = [(10_000 * i, rng.randint(1, max(1, longest_prompt // tokens))) for i in range(1, 7)]
+    fresh = 1_000_000
+    for index in range(rng.randint(3, rng.choice([20, 80]))):
+        prompt = rng.randint(1, longest_prompt)
+        chain: list[tuple[int, int]] = []
+        if rng.random() < 0.7:
+            start, length = rng.choice(documents)
+            shared = rng.randint(1, length)
+            prompt = min(
+                shared * tokens + rng.choice([0, 0, 1, rng.randint(0, 200)]), longest_prompt
+            )
+            full = prompt // tokens
+            shared = min(shared, full)
+            if shared:
+                chain.append((start, shared))
+            if full > shared and rng.random() < 0.7:
+                chain.append((fresh, full - shared))
+                fresh += full - shared
+        arrival = rng.randint(0, int(span * PS))
+        if tie:
+            arrival -= arrival % 10**9
+        case.requests.append(
+            {
+                "index": index,
+                "arrival_ps": arrival,
+                "prompt_tokens": prompt,
+                "output_tokens": rng.randint(1, longest_output),
+                "chain": chain,
+                "priority": rng.choice([0, 0, 1, 5]),
+                "slo": rng.choice(SLOS),
+            }
+        )
+    case.requests.sort(key=lambda request: request["arrival_ps"])
+    return case
+
+
+class Log:
+    """Remembers how requests ended."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, tuple[Any, ...]] = {}
+        self.busy_ps = 0
+        self.decoded = 0
+
+    def finished(self, request: Request, engine: int, now_ps: int) -> None:
+        self.rows[request.index] = (
+            engine, request.admitted_ps, request.first_ps, now_ps, request.output_tokens,
+            request.cached_tokens, request.preemptions,
+        )  # fmt: skip
+
+    def rejected(self, request: Request, engine: int, now_ps: int, reason: str) -> None:
+        self.rows[request.index] = (engine, now_ps, reason)
+
+    def ran(self, record: RunRecord) -> None:
+        steps = record.steps
+        self.busy_ps += record.first_ps * steps + record.slope_ps * (steps * (steps - 1) // 2)
+        self.decoded += record.decodes * steps
+
+
+def play(case: Case, kind: type[FastEngine] | type[StepEngine]) -> dict[str, Any]:
+    """Run a case on one kind of engine; everything that must not differ."""
+    env = simpy.Environment()
+    log = Log()
+    reuse = dict(case.reuse)
+    admission = dict(case.admission)
+    engines = [
+        kind(
+            env, i, case.limits, case.blocks, case.max_model_len, AffineStepModel(*case.steps),
+            create(f"admission/{admission['name']}", **{k: v for k, v in admission.items() if k != "name"}),
+            create(f"reuse/{reuse['name']}", **{k: v for k, v in reuse.items() if k != "name"}),
+            log, eviction=create(f"eviction/{case.eviction}"),
+        )
+        for i in range(case.engines)
+    ]  # fmt: skip
+    for engine in engines:
+        if isinstance(engine, FastEngine):
+            engine.pool.log = []
+    pd: PDPolicy = policy_set(routing=case.routing).pd()
+    cluster = Cluster(env, engines, pd, case.signal_age_s)
+    evicted: list[list[int]] = [[] for _ in engines]
+
+    def arrive(event: Event) -> None:
+        cluster.submit(event._value)
+
+    for row in case.requests:
+        timeout = Timeout(
+            env,
+            row["arrival_ps"],
+            Request(row["index"], **{k: v for k, v in row.items() if k != "index"}),
+        )
+        timeout.callbacks.append(arrive)  # type: ignore[union-attr]
+    env.run()
+    for engine, names in zip(engines, evicted, strict=True):
+        assert engine.stuck() is None, engine.stuck()
+        engine.audit()
+        if isinstance(engine, StepEngine):
+            names += engine.evicted
+        elif case.signal_age_s == 0:
+            for event, start, blocks in engine.pool.log or []:
+                if event == "evict":
+                    names += range(start + blocks - 1, start - 1, -1)
+    return {
+        "requests": log.rows,
+        "steps": [engine.steps_done for engine in engines],
+        "busy": (log.busy_ps, log.decoded),
+        "preemptions": [engine.preempted for engine in engines],
+        "evictions": [engine.evictions for engine in engines],
+        "victims": evicted if case.signal_age_s == 0 else None,
+        "free": [engine.free_blocks() for engine in engines],
+        "cached": [
+            engine.cached() if isinstance(engine, StepEngine) else engine.pool.cached()
+            for engine in engines
+        ],
+        "events": sum(engine.events for engine in engines),
+    }
+
+
+def compare(seed: int) -> dict[str, Any]:
+    """Play a case on both engines and fail on the first difference."""
+    case = random_case(seed)
+    slow, fast = play(case, StepEngine), play(case, FastEngine)
+    for key in slow:
+        if key == "events":
+            continue
+        if slow[key] != fast[key]:
+            where = ""
+            if isinstance(slow[key], dict):
+                where = str(
+                    next(
+                        (k, slow[key][k], fast[key].get(k))
+                        for k in slow[key]
+                        if slow[key][k] != fast[key].get(k)
+                    )
+                )
+            elif isinstance(slow[key], list):
+                where = f"{slow[key]} != {fast[key]}"[:300]
+            raise AssertionError(f"seed {seed}: {key} differ: {where}")
+    return slow
+
+
+if __name__ == "__main__":
+    first, count = int(sys.argv[1]), int(sys.argv[2])
+    preemptions = evictions = steps = 0
+    for seed in range(first, first + count):
+        outcome = compare(seed)
+        preemptions += sum(outcome["preemptions"])
+        evictions += sum(outcome["evictions"])
+        steps += sum(outcome["steps"])
+    print(f"{count} cases equal: {steps} steps, {preemptions} preemptions, {evictions} evictions")
