@@ -40,8 +40,8 @@ class Recorder:
         self.log: list[Decision] = [] if log is None else log
         """What happened so far; give several recorders one list for one common log."""
 
-    @property
-    def __class__(self) -> Any:
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The policy's own class, so that ``isinstance`` holds for the recorder too."""
         return type(self.policy)
 
@@ -138,4 +138,6 @@ def recorded(factory: Callable[..., Any], log: list[Decision]) -> Callable[..., 
     def make(**options: object) -> Recorder:
         return Recorder(factory(**options), log)
 
+    # Backends look here for a seed that is set already, as a partial has it.
+    make.__dict__["keywords"] = getattr(factory, "keywords", {})
     return make

@@ -12,7 +12,6 @@ import inspect
 import pkgutil
 import re
 import sys
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -30,6 +29,7 @@ from policies.api import (
     ReusePolicy,
     Router,
 )
+from policies.factories import Assembly, build, describe
 from policies.parameters import Parameter, check_value, name_of, nearest, parameters_of
 
 __all__ = [
@@ -216,12 +216,12 @@ def lookup(name: str) -> Entry:
 # --------------------------------------------------------------------------- making
 
 
-def create(name: str, /, **parameters: object) -> Any:
+def create(name: str, /, **parameters: Any) -> Any:
     """A new policy: ``create("eviction/slo_aware", grace_s=3)``; errors as ``factory``."""
     return factory(name, **parameters)()
 
 
-def factory(name: str, /, **parameters: object) -> Callable[..., Any]:
+def factory(name: str, /, **parameters: Any) -> Callable[..., Any]:
     """What makes policies of this name with these parameters, which are checked at once.
 
     A part of the policy (the router of a PD policy) is given as a ``PolicySpec``.
@@ -246,7 +246,7 @@ def factory(name: str, /, **parameters: object) -> Callable[..., Any]:
             raise TypeError(f"{name}: {nearest('parameter', key, [*known, *entry.parts])}")
     made: Callable[..., Any] = partial(entry.cls, **options)
     if parts:
-        made = _Assembly(made, parts)
+        made = Assembly(made, parts)
     try:
         made()
     except ValueError as error:
@@ -287,7 +287,7 @@ def policy_set(
     ]
     if routers:
         router = _factory("routing", "round_robin" if routing is None else routing)
-        place = _Assembly(place, dict.fromkeys(routers, router))
+        place = Assembly(place, dict.fromkeys(routers, router))
     elif routing is not None:
         raise ValueError(f"routing is {_show(routing)}, but pd={_show(pd)} takes no router")
     return PolicySet(
@@ -298,53 +298,7 @@ def policy_set(
     )
 
 
-def build(factory: Callable[..., T], seed: int, stream: str) -> T:
-    """Call a factory, with a seed of its own if it takes one that is not set yet.
-
-    Args:
-        factory: a policy class, a partial of one, or anything callable.
-        seed: the run's.
-        stream: what sets this policy apart from the others of the run, ``"eviction/3"``.
-
-    Raises:
-        PolicyError: the factory failed.
-    """
-    options = {"seed": zlib.crc32(f"{seed}/{stream}".encode())} if _takes_seed(factory) else {}
-    try:
-        return factory(**options)
-    except Exception as error:
-        raise PolicyError(
-            f"policy factory {describe(factory)} failed: {type(error).__name__}: {error}"
-        ) from error
-
-
-def describe(policy: object) -> str:
-    """The name of a policy, of its class, or of its factory, for messages."""
-    if isinstance(policy, partial):
-        options = ", ".join(f"{key}={value!r}" for key, value in policy.keywords.items())
-        return f"{describe(policy.func)}({options})" if options else describe(policy.func)
-    if isinstance(policy, _Assembly):
-        parts = ", ".join(f"{key}={describe(part)}" for key, part in policy.parts.items())
-        return f"{describe(policy.whole)} with {parts}"
-    thing = inspect.unwrap(policy) if callable(policy) else policy
-    if not hasattr(thing, "__qualname__"):
-        thing = type(thing)
-    return str(getattr(thing, "__dict__", {}).get("policy_name", name_of(thing)))
-
-
 # --------------------------------------------------------------------------- inside
-
-
-@dataclass(frozen=True, slots=True)
-class _Assembly:
-    """A factory of a policy that is made of other policies."""
-
-    whole: Callable[..., Any]
-    parts: Mapping[str, Callable[..., Any]]
-
-    def __call__(self, *, seed: int = 0) -> Any:
-        parts = {name: build(part, seed, name) for name, part in self.parts.items()}
-        return build(partial(self.whole, **parts), seed, "whole")
 
 
 def _factory(kind: str, spec: PolicySpec) -> Callable[..., Any]:
@@ -369,16 +323,6 @@ def _factory(kind: str, spec: PolicySpec) -> Callable[..., Any]:
     if isinstance(target, type) and not issubclass(target, KINDS[kind]):
         raise TypeError(f"{kind} is {describe(spec)}; allowed: a {KINDS[kind].__name__}")
     return spec
-
-
-def _takes_seed(factory: Callable[..., Any]) -> bool:
-    if "seed" in getattr(inspect.unwrap(factory), "keywords", {}):
-        return False
-    try:
-        seed = inspect.signature(factory).parameters.get("seed")
-    except (TypeError, ValueError):
-        return False
-    return seed is not None and seed.kind is not seed.POSITIONAL_ONLY
 
 
 def _kind_of(hint: object) -> str | None:

@@ -88,18 +88,22 @@ class BlockPool:
         *,
         policy_name: str = "eviction",
         prefill_s: Callable[[int, int], float] = lambda tokens, context: 0.0,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.total = blocks
         self.block_tokens = block_tokens
         self.policy = policy
         self.policy_name = policy_name
         self.prefill_s = prefill_s
+        self.clock = clock
         self.free = blocks
         """Blocks that can be taken: blank ones and cached ones nobody uses."""
         self.blank = blocks
         """Free blocks that hold nothing worth keeping."""
         self.evictions = 0
-        """Cached blocks that were given up so far."""
+        """Cached blocks that were given up so far (after ``settle``)."""
+        self._debt = 0
+        """Blocks that were taken from the cached ones, but not yet chosen."""
         self.log: list[tuple[str, int, int]] | None = None
         """When a list: every ("store" | "evict", first id, blocks) in order."""
         self._map: dict[int, Extent] = {}
@@ -111,6 +115,8 @@ class BlockPool:
 
     def match(self, request: Request, limit: int) -> tuple[Found, int, int]:
         """The cached prefix: its extents, its blocks (at most ``limit``), those without a user."""
+        if self._debt:
+            self.settle()
         found: Found = []
         position = idle = 0
         get = self._map.get
@@ -170,22 +176,34 @@ class BlockPool:
             held.append((extent, blocks))
             request.stored += blocks
 
-    def take(self, blocks: int, now_s: float) -> None:
-        """Take free blocks for a running request; the caller has checked that there are enough."""
+    def take(self, blocks: int) -> None:
+        """Take free blocks for a running request; the caller has checked that there are enough.
+
+        Which cached blocks must go is asked when somebody could tell the difference: before the
+        eviction order changes and before the cache is looked at. That is far less often.
+        """
         self.free -= blocks
         if blocks <= self.blank:
             self.blank -= blocks
-            return
-        blocks -= self.blank
-        self.blank = 0
-        self._evict(blocks, now_s)
+        else:
+            self._debt += blocks - self.blank
+            self.blank = 0
+
+    def settle(self) -> None:
+        """Choose and drop the cached blocks that were taken."""
+        blocks, self._debt = self._debt, 0
+        if blocks:
+            self._evict(blocks, self.clock())
 
     def store(self, request: Request, upto: int) -> None:
         """Hash the request's blocks up to index ``upto``: they can be matched from now on."""
         position = request.stored
-        upto = min(upto, request.retain_blocks)
+        if upto > request.retain_blocks:
+            upto = request.retain_blocks
         if upto <= position:
             return
+        if self._debt:
+            self.settle()
         request.stored = upto
         for first, start, count in request.runs:
             end = first + count
@@ -200,6 +218,8 @@ class BlockPool:
     def release(self, request: Request, blocks: int, now_s: float) -> None:
         """The request gives up all its ``blocks``: unhashed ones become blank, the others join
         the eviction order deepest first (rule 16)."""
+        if self._debt:
+            self.settle()
         loose = blocks - request.stored
         self.blank += loose
         self.free += loose
@@ -423,6 +443,7 @@ class BlockPool:
 
     def cached(self) -> dict[int, int]:
         """How many copies of each block id are cached: for tests and stale router signals."""
+        self.settle()
         copies: dict[int, int] = {}
         for extent in self._extents():
             for ident in range(extent.start, extent.start + extent.blocks):
@@ -435,6 +456,7 @@ class BlockPool:
         Args:
             loose: blocks of running requests that are not hashed.
         """
+        self.settle()
         used = idle = 0
         for extent in self._extents():
             assert extent.blocks == self._map[extent.start].blocks > 0, f"{extent!r} is misaligned"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import simpy
 from simpy.events import Event
@@ -12,11 +12,9 @@ from policies.api import InstanceView, PDPolicy, PolicyError, RequestView, Route
 from sim.engine import FastEngine
 from sim.request import PS_PER_S, Request
 from sim.scheduler import Engine, _name
+from sim.stepwise import StepEngine
 
-if TYPE_CHECKING:
-    from sim.stepwise import StepEngine
-
-    AnyEngine = FastEngine | StepEngine
+AnyEngine: TypeAlias = FastEngine | StepEngine
 
 
 class Snapshot:

@@ -9,9 +9,10 @@ so the outcome is ``==`` to that of ``sim.stepwise``. The algorithm is explained
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Container
+from collections.abc import Callable, Container
 from heapq import heapify, heappop, heappush
 from math import isqrt
+from typing import TypeAlias
 
 from simpy.events import Event
 
@@ -19,20 +20,48 @@ from policies.api import EvictionPolicy, RequestView, Tier
 from sim.cache import BlockPool
 from sim.latency import Batch
 from sim.request import PS_PER_S, Request
-from sim.scheduler import LATE, Engine, RunRecord, _name
+from sim.scheduler import LATE, Engine, _name
 
 CHUNK_RUN = 256
 """Most prompt chunks in one event; only bounds how much is thrown away when it is cut."""
 
 
+Callbacks: TypeAlias = "tuple[Callable[[Timer], None]]"
+
+
+class Timer(Event):
+    """A SimPy event without what nobody needs here: a third of the cost of a ``Timeout``."""
+
+    __slots__ = ("version",)
+
+    def __init__(self, callbacks: Callbacks, version: int) -> None:
+        self.callbacks = callbacks  # type: ignore[assignment]
+        self.version = version
+        self._ok = True
+
+
 class FastEngine(Engine):
     """One instance; see the module for the idea and the attributes below for the state."""
+
+    __slots__ = (
+        "_batched", "_chunk", "_completing", "_context", "_count", "_decodes", "_due",
+        "_due_heap", "_ends", "_first_ps", "_fragile", "_joined", "_limited", "_longest",
+        "_on_end", "_on_wake", "_phase", "_prefill_tokens", "_prefilling", "_priority",
+        "_published", "_ran", "_running", "_skewed", "_slope_ps", "_stalled", "_start_ps",
+        "_step", "_version", "_wake_ps", "eviction", "pool",
+    )  # fmt: skip
 
     def __init__(self, *args: object, eviction: EvictionPolicy, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
         tokens = self.block_tokens
+        self.eviction = eviction
         self.pool = BlockPool(
-            self.total, tokens, eviction, policy_name=_name(eviction), prefill_s=self.prefill_s
+            self.total,
+            tokens,
+            eviction,
+            policy_name=_name(eviction),
+            prefill_s=self.prefill_s,
+            clock=lambda: self.env.now / PS_PER_S,
         )
         self._limited = self.limits.long_prefill_token_threshold > 0
         self._running: dict[Request, None] = {}
@@ -54,8 +83,14 @@ class FastEngine(Engine):
         self._due: dict[int, list[Request]] = {}
         self._due_heap: list[int] = []
         self._longest: list[tuple[int, int, Request]] = []
-        """Heap of (step - KV tokens, rank, decoder), stale entries included."""
+        """Heap of (step - KV tokens, serial number, decoder), stale entries included."""
+        self._joined = 0
         # The flight: what the pending event stands for.
+        self._priority = LATE + self.id
+        self._on_end: Callbacks = (self._end,)
+        self._on_wake: Callbacks = (self._wake,)
+        self._ran = self.sink.ran
+        self._skewed = self.steps.longest_matters
         self._version = 0
         self._wake_ps = -1
         self._start_ps = 0
@@ -91,6 +126,7 @@ class FastEngine(Engine):
     @property
     def evictions(self) -> int:
         """Cached blocks given up so far."""
+        self.pool.settle()
         return self.pool.evictions
 
     def publish(self) -> None:
@@ -101,6 +137,7 @@ class FastEngine(Engine):
     def published(self) -> Container[int]:
         """Ids of the blocks that are cached now; what an earlier call returned changes too."""
         self.sync()
+        self.pool.settle()
         copies = self._published
         assert self.pool.log is not None
         for event, start, blocks in self.pool.log:
@@ -124,7 +161,7 @@ class FastEngine(Engine):
         if self._count == 0:  # asleep: the step begins when all arrivals of this instant are in
             if self._wake_ps != now:
                 self._wake_ps = now
-                self._schedule(self._wake, 0)
+                self._schedule(self._on_wake, 0)
         elif (
             self._count > 1
             and self._ends is None
@@ -136,20 +173,16 @@ class FastEngine(Engine):
             steps = self._boundary(now)
             if steps < self._count:
                 self._count = steps
-                self._schedule(self._end, self._start_ps + self._elapsed(steps) - now)
+                self._schedule(self._on_end, self._start_ps + self._elapsed(steps) - now)
 
-    def _schedule(self, callback: object, delay_ps: int) -> None:
-        """Arm the engine's one timer; an older event is ignored when it fires."""
-        self._version += 1
+    def _schedule(self, callbacks: Callbacks, delay_ps: int) -> None:
+        """Arm the engine's one timer; an older one is ignored when it fires."""
+        self._version = version = self._version + 1
         self.events += 1
-        event = Event(self.env)
-        event._ok = True
-        event._value = self._version
-        event.callbacks.append(callback)  # type: ignore[union-attr, arg-type]
-        self.env.schedule(event, LATE + self.id, delay_ps)  # type: ignore[arg-type]
+        self.env.schedule(Timer(callbacks, version), self._priority, delay_ps)  # type: ignore[arg-type]
 
-    def _wake(self, event: Event) -> None:
-        if event._value == self._version:
+    def _wake(self, timer: Timer) -> None:
+        if timer.version == self._version:
             self._begin()
 
     # ------------------------------------------------------------------ time inside a flight
@@ -209,9 +242,9 @@ class FastEngine(Engine):
             need += blocks - partial.blocks
             partial.blocks = blocks
         if need:
-            self.pool.take(need, self.env._now / PS_PER_S)
+            self.pool.take(need)
         if self._ends is not None and self._caching:
-            self.pool.store(partial, partial.computed_tokens // tokens)
+            self._store_chain(partial)
         self._step += steps
         self._context += steps * self._decodes
 
@@ -219,8 +252,8 @@ class FastEngine(Engine):
         """Report ``steps`` steps of the flight, from its start."""
         self.steps_done += steps
         if self._ends is None:
-            self.sink.ran(
-                RunRecord(
+            self._ran(
+                (
                     self.id, self._start_ps, self._first_ps, self._slope_ps, steps, self._batched,
                     self._prefill_tokens, len(self._queue), self.pool.free,
                 )
@@ -228,8 +261,8 @@ class FastEngine(Engine):
             return
         start = 0
         for end in self._ends[:steps]:
-            self.sink.ran(
-                RunRecord(
+            self._ran(
+                (
                     self.id, self._start_ps + start, end - start, 0, 1, self._batched,
                     self._prefill_tokens, len(self._queue), self.pool.free,
                 )
@@ -260,9 +293,10 @@ class FastEngine(Engine):
             heappush(self._due_heap, due)
         else:
             bucket.append(request)
-        if self.steps.longest_matters:
+        if self._skewed:
             request.longest_key = step - kv
-            heappush(self._longest, (request.longest_key, request.rank, request))
+            self._joined += 1
+            heappush(self._longest, (request.longest_key, self._joined, request))
 
     def _leave(self, request: Request) -> None:
         """The request no longer decodes; brings its counters up to date."""
@@ -277,7 +311,7 @@ class FastEngine(Engine):
 
     def _longest_decode(self) -> int:
         """KV tokens of the longest decoder, the one computed now included."""
-        if not self._decodes or not self.steps.longest_matters:
+        if not self._decodes or not self._skewed:
             return 0
         heap = self._longest
         while heap[0][0] != heap[0][2].longest_key or not heap[0][2].decoding:
@@ -298,8 +332,10 @@ class FastEngine(Engine):
 
     def _begin(self) -> None:
         """Schedule one step by vLLM's rules and launch as many as must be alike."""
-        self._completing = []
-        self._stalled = []
+        if self._completing:
+            self._completing = []
+        if self._stalled:
+            self._stalled = []
         self._fragile = False
         prefills: list[tuple[int, int]] = []
         threshold = self._threshold() if self._limited else 0
@@ -321,7 +357,7 @@ class FastEngine(Engine):
                 plain = need <= self.pool.free
         if plain:
             if need:
-                self.pool.take(need, self.env._now / PS_PER_S)
+                self.pool.take(need)
             if partial is not None:
                 partial.blocks = blocks
                 left -= chunk
@@ -338,13 +374,20 @@ class FastEngine(Engine):
         """Put ``tokens`` more of a prompt into the step."""
         prefills.append((tokens, request.computed_tokens))
         request.computed_tokens += tokens
-        if self._caching:
-            self.pool.store(request, request.computed_tokens // self.block_tokens)
+        if request.stored < request.chain_blocks and self._caching:
+            self._store_chain(request)
         if request.computed_tokens == request.prompt_tokens + request.output_tokens:
-            self._prefilling.pop(request, None)
+            if self._prefilling:
+                self._prefilling.pop(request, None)
             self._completing.append(request)
         else:
             self._prefilling[request] = None
+
+    def _store_chain(self, request: Request) -> None:
+        """Hash what is computed. A request's own blocks can wait until it lets go of them:
+        nobody else can match them."""
+        blocks = request.computed_tokens // self.block_tokens
+        self.pool.store(request, min(blocks, request.chain_blocks))
 
     def _admit(self, left: int, threshold: int, prefills: list[tuple[int, int]]) -> int:
         """Admit from the head of the queue while the budget lasts (rules 9, 10, 12-15)."""
@@ -359,7 +402,7 @@ class FastEngine(Engine):
             total = request.prompt_tokens + request.output_tokens
             hit = idle = 0
             found = []
-            if self._caching:
+            if self._caching and (request.chain_blocks or request.preemptions):
                 found, hit, idle = pool.match(request, (total - 1) // tokens)
                 if hit and not self._plain_use:
                     hit = self._used_blocks(request, hit, now)
@@ -391,7 +434,7 @@ class FastEngine(Engine):
                     request.retain_blocks = self._retained_blocks(request, now)
             if found:
                 pool.acquire(request, found, now_s)
-            pool.take(need, now_s)
+            pool.take(need)
             request.blocks = hit + need
             request.computed_tokens = hit * tokens
             left -= chunk
@@ -404,7 +447,6 @@ class FastEngine(Engine):
         """Rules 6-8 request by request: for steps in which blocks run out or prompts are cut
         short by the threshold. Returns the budget left and whether anybody was preempted."""
         tokens, pool = self.block_tokens, self.pool
-        now_s = self.env._now / PS_PER_S
         left = self._budget
         order = list(self._running)
         planned: dict[Request, int] = {}
@@ -437,7 +479,7 @@ class FastEngine(Engine):
                     break
             else:
                 if need:
-                    pool.take(need, now_s)
+                    pool.take(need)
                 left -= chunk
                 planned[request] = chunk
                 if not request.decoding:
@@ -465,15 +507,16 @@ class FastEngine(Engine):
             self._drop_due(victim)
             kv = victim.computed_tokens + planned
             victim.blocks = -(-kv // tokens)
-            if self._caching:
-                self.pool.store(victim, kv // tokens)
         else:
+            kv = victim.computed_tokens
             if planned:
                 prefills.remove((planned, victim.computed_tokens - planned))
                 if victim in self._completing:
                     self._completing.remove(victim)
             self._prefilling.pop(victim, None)
         now: int = self.env._now  # type: ignore[assignment]
+        if self._caching:
+            self.pool.store(victim, kv // tokens)
         self.pool.release(victim, victim.blocks, now / PS_PER_S)
         victim.blocks = 0
         victim.computed_tokens = 0
@@ -511,7 +554,7 @@ class FastEngine(Engine):
             self._count = 1
             if full and not alone and len(self._prefilling) == 1 and not self._completing:
                 self._extend_chunks()
-            self._schedule(self._end, self._elapsed(self._count))
+            self._schedule(self._on_end, self._elapsed(self._count))
             return
         run = self.steps.decode_run(decodes, self._context + decodes)
         self._first_ps, self._slope_ps = run.first_ps, run.slope_ps
@@ -523,13 +566,13 @@ class FastEngine(Engine):
             if count > 1 and self._queue and not self._plain_admission:
                 count = self._until_asked_again(count)
         self._count = count
-        self._schedule(self._end, self._elapsed(count))
+        self._schedule(self._on_end, self._elapsed(count))
 
     def _sleep(self, now: int) -> None:
         """Nothing to run: wait for an arrival, or for the end of a deferral."""
         until = self._deferred_until_ps()
         if until is not None:
-            self._schedule(self._wake, until - now)
+            self._schedule(self._on_wake, until - now)
 
     def _until_blocks_run_out(self, count: int) -> int:
         """How many of ``count`` decode steps have blocks; those of the first are taken already."""
@@ -593,9 +636,9 @@ class FastEngine(Engine):
 
     # ------------------------------------------------------------------ a step ends
 
-    def _end(self, event: Event) -> None:
+    def _end(self, timer: Timer) -> None:
         """The last step of the flight is over (rule 17)."""
-        if event._value != self._version:
+        if timer.version != self._version:
             return
         count = self._count
         self._log(count)

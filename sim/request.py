@@ -37,6 +37,7 @@ class Request:
         "arrival_s",
         "blocks",
         "cached_tokens",
+        "chain_blocks",
         "computed_tokens",
         "decoding",
         "due",
@@ -104,6 +105,8 @@ class Request:
             first += count
         runs.append((first, (-(index + 1) << PRIVATE_BITS) + first, ENDLESS - first))
         self.runs = runs
+        self.chain_blocks = first
+        """Leading blocks whose content the trace knows; the others are its own."""
         self.future_s: NDArray | None = None  # type: ignore[type-arg]
         """Per block of the chain: arrival of the next request that contains it (oracle only)."""
         # What has happened to it.

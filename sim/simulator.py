@@ -26,7 +26,9 @@ from sim.stepwise import StepEngine
 from traces.schema import Trace
 
 CHUNK = 65_536
-"""Rows of the trace (and of the log) that are converted at a time."""
+"""Rows of the trace that are converted at a time."""
+CHECK = 1_024
+"""Requests between two looks at progress and memory."""
 
 
 class Simulator:
@@ -112,23 +114,24 @@ class _Run:
             if trace.block_tokens and deployment.limits.enable_prefix_caching
             else None
         )
-        self.engines = [self._engine(i) for i in range(deployment.engines)]
-        self.pd = _build(policies.pd, seed, "pd", "place")
-        self.cluster = Cluster(self.env, self.engines, self.pd, simulator.signal_age_s)
         count = len(trace)
         self.count = count
         self.done = 0
-        nan = float("nan")
-        self.arrival_s = np.full(count, nan)
-        self.admitted_s = np.full(count, nan)
-        self.first_token_s = np.full(count, nan)
-        self.finish_s = np.full(count, nan)
-        self.output_tokens = np.zeros(count, dtype=np.int64)
-        self.cached_tokens = np.zeros(count, dtype=np.int64)
-        self.preemptions = np.zeros(count, dtype=np.int32)
-        self.engine = np.full(count, -1, dtype=np.int32)
+        self.ended = _Columns(
+            ("row", "int64"), ("arrival_s", "float64"), ("admitted_s", "float64"),
+            ("first_token_s", "float64"), ("finish_s", "float64"), ("output_tokens", "int64"),
+            ("cached_tokens", "int64"), ("preemptions", "int32"), ("engine", "int32"),
+        )  # fmt: skip
+        self.log = _Columns(
+            ("engine", "int32"), ("start_s", "float64"), ("first_s", "float64"),
+            ("slope_s", "float64"), ("steps", "int64"), ("decodes", "int32"),
+            ("prefill_tokens", "int32"), ("waiting", "int32"), ("free_blocks", "int64"),
+        )  # fmt: skip
+        self.ran = self.log.append if simulator.record_runs else _ignore
         self.reasons: dict[int, str] = {}
-        self.log = _RunLog() if simulator.record_runs else None
+        self.engines = [self._engine(i) for i in range(deployment.engines)]
+        self.pd = _build(policies.pd, seed, "pd", "place")
+        self.cluster = Cluster(self.env, self.engines, self.pd, simulator.signal_age_s)
         self._sessions()
         self.waiting_turns: dict[int, Request] = {}
         """Turns whose time has come but whose predecessor is not done, by its row."""
@@ -170,6 +173,7 @@ class _Run:
         self.following = np.full(self.count, -1, dtype=np.int64)
         table = self.trace.requests
         rows = np.flatnonzero((table["session"] != "").to_numpy())
+        self.has_sessions = len(rows) > 0
         if not len(rows):
             return
         codes = table["session"].iloc[rows].astype("category").cat.codes.to_numpy()
@@ -228,6 +232,8 @@ class _Run:
         finally:
             if collecting:
                 gc.enable()
+        if self.progress is not None:
+            self.progress(self.done, self.count)
         for engine in self.engines:
             if (why := engine.stuck()) is not None:
                 raise PolicyError(why)
@@ -249,7 +255,7 @@ class _Run:
         request = self._next
         assert request is not None
         row = request.index
-        before = int(self.previous[row])
+        before = int(self.previous[row]) if self.has_sessions else -1
         if before < 0:
             self._submit(request)
         elif before in self.ended_ps:
@@ -275,37 +281,37 @@ class _Run:
     def _submit(self, request: Request) -> None:
         now = int(self.env.now)
         request.arrival_ps = now
-        request.arrival_s = self.arrival_s[request.index] = now / PS_PER_S
+        request.arrival_s = now / PS_PER_S
         self.cluster.submit(request)
 
     # ------------------------------------------------------------------ what engines tell
 
     def finished(self, request: Request, engine: int, now_ps: int) -> None:
-        row = request.index
-        self.finish_s[row] = now_ps / PS_PER_S
-        self.first_token_s[row] = request.first_ps / PS_PER_S
-        self._ended(request, engine, now_ps)
+        self._ended(request, engine, now_ps, now_ps)
 
     def rejected(self, request: Request, engine: int, now_ps: int, reason: str) -> None:
         self.reasons[request.index] = reason
-        self._ended(request, engine, now_ps)
+        self._ended(request, engine, now_ps, None)
 
-    def ran(self, record: RunRecord) -> None:
-        if self.log is not None:
-            self.log.append(record)
-
-    def _ended(self, request: Request, engine: int, now_ps: int) -> None:
+    def _ended(
+        self, request: Request, engine: int, now_ps: int, finish_ps: int | None
+    ) -> None:
         row = request.index
-        if request.admitted_ps >= 0:
-            self.admitted_s[row] = request.admitted_ps / PS_PER_S
-        self.output_tokens[row] = request.output_tokens
-        self.cached_tokens[row] = request.cached_tokens
-        self.preemptions[row] = request.preemptions
-        self.engine[row] = engine
+        admitted, first = request.admitted_ps, request.first_ps
+        self.ended.append(
+            (
+                row, request.arrival_ps, admitted if admitted >= 0 else None,
+                first if first >= 0 else None, finish_ps, request.output_tokens,
+                request.cached_tokens, request.preemptions, engine,
+            )
+        )  # fmt: skip
         self.done += 1
-        if self.progress is not None and (self.done % 256 == 0 or self.done == self.count):
-            self.progress(self.done, self.count)
-        if self.following[row] >= 0:
+        if not self.done % CHECK:
+            self.ended.pack()
+            self.log.pack()
+            if self.progress is not None:
+                self.progress(self.done, self.count)
+        if self.has_sessions and self.following[row] >= 0:
             turn = self.waiting_turns.pop(row, None)
             if turn is None:
                 self.ended_ps[row] = now_ps
@@ -317,26 +323,27 @@ class _Run:
     def result(self) -> Result:
         trace, deployment = self.trace, self.simulator.deployment
         table = trace.requests
-        state = np.full(self.count, "finished", dtype=object)
-        reason = np.full(self.count, "", dtype=object)
-        for row, why in self.reasons.items():
-            state[row] = "rejected"
-            reason[row] = why
+        ended = self.ended.table().set_index("row").reindex(range(self.count))
+        rejected = np.zeros(self.count, dtype=np.int8)
+        rejected[list(self.reasons)] = 1
+        kinds = sorted(set(self.reasons.values()))
+        reasons = np.zeros(self.count, dtype=np.int32)
+        reasons[list(self.reasons)] = [kinds.index(why) + 1 for why in self.reasons.values()]
         requests = pd.DataFrame(
             {
                 "id": table["id"],
-                "arrival_s": self.arrival_s,
+                "arrival_s": ended["arrival_s"],
                 "recorded_s": table["arrival_s"],
-                "admitted_s": self.admitted_s,
-                "first_token_s": self.first_token_s,
-                "finish_s": self.finish_s,
+                "admitted_s": ended["admitted_s"],
+                "first_token_s": ended["first_token_s"],
+                "finish_s": ended["finish_s"],
                 "prompt_tokens": table["prompt_tokens"],
-                "output_tokens": self.output_tokens,
-                "cached_tokens": self.cached_tokens,
-                "preemptions": self.preemptions,
-                "engine": self.engine,
-                "state": pd.Categorical(state, categories=["finished", "rejected"]),
-                "reason": pd.Categorical(reason),
+                "output_tokens": ended["output_tokens"],
+                "cached_tokens": ended["cached_tokens"],
+                "preemptions": ended["preemptions"],
+                "engine": ended["engine"],
+                "state": pd.Categorical.from_codes(rejected, ["finished", "rejected"]),
+                "reason": pd.Categorical.from_codes(reasons, ["", *kinds]),
                 "session": table["session"],
                 "turn": table["turn"],
                 "tenant": table["tenant"],
@@ -386,51 +393,48 @@ class _Run:
             "price_usd_per_s": None if price is None else price * chips / 3600,
             "simpy_events": self.events + sum(engine.events for engine in self.engines),
         }
-        runs = self.log.table() if self.log is not None else _RunLog().table()
-        return Result(requests=requests, runs=runs, engines=engines, meta=meta)
+        return Result(requests=requests, runs=self.log.table(), engines=engines, meta=meta)
 
 
-class _RunLog:
-    """Collects run records as tuples and packs them into columns now and then."""
+class _Columns:
+    """A table that grows by tuples: times come in picoseconds and are kept in seconds."""
 
-    COLUMNS = (
-        ("engine", "int32"), ("start_s", "float64"), ("first_s", "float64"),
-        ("slope_s", "float64"), ("steps", "int64"), ("decodes", "int32"),
-        ("prefill_tokens", "int32"), ("waiting", "int32"), ("free_blocks", "int64"),
-    )  # fmt: skip
+    def __init__(self, *columns: tuple[str, str]) -> None:
+        self._columns = columns
+        self._rows: list[tuple[Any, ...]] = []
+        self._packed: list[pd.DataFrame] = []
+        self.append = self._rows.append
 
-    def __init__(self) -> None:
-        self._records: list[RunRecord] = []
-        self._packed: list[list[np.ndarray]] = []  # type: ignore[type-arg]
-
-    def append(self, record: RunRecord) -> None:
-        self._records.append(record)
-        if len(self._records) >= CHUNK:
-            self._pack()
+    def pack(self) -> None:
+        """Turn the tuples so far into columns; they take a tenth of the memory."""
+        if len(self._rows) < CHECK:
+            return
+        self._pack()
 
     def _pack(self) -> None:
-        columns = list(zip(*self._records, strict=True))
+        values = np.array(self._rows, dtype=np.float64)
+        self._rows.clear()
         self._packed.append(
-            [
-                np.array(values, dtype="float64") / PS_PER_S
-                if dtype == "float64"
-                else np.array(values, dtype=dtype)
-                for (_, dtype), values in zip(self.COLUMNS, columns, strict=True)
-            ]
+            pd.DataFrame(
+                {
+                    name: values[:, i] / PS_PER_S if name.endswith("_s") else values[:, i].astype(kind)
+                    for i, (name, kind) in enumerate(self._columns)
+                }
+            )
         )
-        self._records = []
 
     def table(self) -> pd.DataFrame:
-        if self._records:
-            self._pack()
-        return pd.DataFrame(
-            {
-                name: np.concatenate([part[i] for part in self._packed])
-                if self._packed
-                else np.empty(0, dtype=dtype)
-                for i, (name, dtype) in enumerate(self.COLUMNS)
-            }
-        )
+        if self._rows or not self._packed:
+            self._rows = self._rows or []
+            if self._rows:
+                self._pack()
+        if not self._packed:
+            return pd.DataFrame({name: np.empty(0, dtype=kind) for name, kind in self._columns})
+        return pd.concat(self._packed, ignore_index=True)
+
+
+def _ignore(record: RunRecord) -> None:
+    """Where step runs are not kept."""
 
 
 def _build(factory: Callable[..., Any], seed: int, stream: str, method: str) -> Any:

@@ -14,7 +14,7 @@ from simpy.events import Event
 from policies.api import EvictionPolicy, PolicyError, RequestView, Slo, Tier
 from sim.latency import Batch
 from sim.request import PS_PER_S, Request
-from sim.scheduler import LATE, Engine, RunRecord, _name
+from sim.scheduler import LATE, Engine, _name
 
 
 class Block:
@@ -56,6 +56,11 @@ def _ident(request: Request, depth: int) -> int:
 
 class StepEngine(Engine):
     """One instance, step by step."""
+
+    __slots__ = (
+        "_blank", "_held", "_idle", "_known", "_planned", "_running", "_stepping", "_version",
+        "evicted", "eviction",
+    )  # fmt: skip
 
     def __init__(self, *args: object, eviction: EvictionPolicy, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -148,7 +153,7 @@ class StepEngine(Engine):
         duration = self.steps.step_ps(batch)
         self.steps_done += 1
         self.sink.ran(
-            RunRecord(
+            (
                 self.id, now, duration, 0, 1, decodes, sum(n for n, _ in prefills),
                 len(self._queue), self.free_blocks(),
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from traces.chains import Chains, Ints
 from traces.errors import TraceError, did_you_mean, listed, unknown
@@ -72,7 +72,7 @@ COLUMNS: Mapping[str, Column] = {
 }
 
 
-def table(columns: Mapping[str, ArrayLike], where: Where) -> pd.DataFrame:
+def table(columns: Mapping[str, Any], where: Where) -> pd.DataFrame:
     """The columns with their dtypes, defaults filled in."""
     for name in columns:
         if name not in COLUMNS:

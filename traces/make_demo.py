@@ -31,7 +31,7 @@ def demo_chat() -> Trace:
         sessions=630,
         session_rate_per_s=2.1,
         turns_mean=4.5,
-        user_mean=190.0,
+        user_mean=175.0,
         output_mean=180.0,
         output_max=1500,
         system_prompts=8,

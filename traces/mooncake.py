@@ -1,4 +1,4 @@
-"""Mooncake's JSON lines, and the files of AIPerf, vLLM, GuideLLM and LMCache that look alike.
+"""Mooncake's JSON lines, and the files of AIPerf, vLLM and GuideLLM that look alike.
 
 One object per request: ``timestamp``, ``input_length``, ``output_length``, perhaps ``hash_ids``,
 ``session_id`` and, for later turns, ``delay`` in place of ``timestamp``. Neither the time unit nor

@@ -9,8 +9,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import tempfile
-from contextlib import suppress
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -44,7 +42,8 @@ _HEADER: dict[str, type] = {
 def write(trace: Trace, path: str | PathLike[str]) -> None:
     """Writes a trace to ``path`` (``.jsonl``, or ``.jsonl.gz`` for gzip), all of it or nothing.
 
-    The same trace gives the same bytes. Raises ``TraceError`` where the file cannot be written.
+    The same trace gives the same bytes. Raises ``TraceError`` for a path that
+    cannot be a trace file.
     """
     target = Path(path)
     if not target.name.endswith((".jsonl", ".jsonl.gz")):
@@ -57,22 +56,13 @@ def write(trace: Trace, path: str | PathLike[str]) -> None:
         raise TraceError(f"{trace.name} holds text that is no Unicode: {error}") from None
     if target.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).chmod(0o666 & ~_umask())
-        os.replace(name, target)
+        part.write_bytes(data)
+        os.replace(part, target)
     except BaseException:
-        with suppress(OSError):
-            Path(name).unlink()
+        part.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _encode(trace: Trace) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from traces.chains import Chains
 from traces.columns import COLUMNS, check_chains, check_rows, table
@@ -49,7 +49,7 @@ class Trace:
     def build(
         cls,
         name: str,
-        columns: Mapping[str, ArrayLike],
+        columns: Mapping[str, Any],
         chains: Chains | None = None,
         *,
         block_tokens: int = 0,
@@ -60,8 +60,8 @@ class Trace:
         """A sorted, validated trace from columns in any order of arrival.
 
         ``arrival_s``, ``prompt_tokens`` and ``output_tokens`` are required; a missing ``id`` is the
-        row number. A scalar fills its column. ``where`` names a row in errors, e.g. by file and
-        line. Raises ``TraceError``.
+        row number. Values are arrays, lists or Series; a scalar fills its column. ``where`` names a
+        row in errors, e.g. by file and line. Raises ``TraceError``.
         """
         where = where or (lambda row: f"row {row}")
         if block_tokens < 0:

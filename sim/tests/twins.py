@@ -166,9 +166,9 @@ class Log:
         self.rows[request.index] = (engine, now_ps, reason)
 
     def ran(self, record: RunRecord) -> None:
-        steps = record.steps
-        self.busy_ps += record.first_ps * steps + record.slope_ps * (steps * (steps - 1) // 2)
-        self.decoded += record.decodes * steps
+        _, _, first_ps, slope_ps, steps, decodes, *_ = record
+        self.busy_ps += first_ps * steps + slope_ps * (steps * (steps - 1) // 2)
+        self.decoded += decodes * steps
 
 
 def play(case: Case, kind: type[FastEngine] | type[StepEngine]) -> dict[str, Any]:

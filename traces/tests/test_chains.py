@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -51,7 +53,7 @@ def test_runs_are_maximal_and_join_to_the_blocks(lists: Lists) -> None:
     for i, ids in enumerate(lists):
         runs = chains.runs(i)
         assert [x for start, count in runs for x in range(start, start + count)] == ids
-        assert all(b[0] != a[0] + a[1] for a, b in zip(runs, runs[1:], strict=False))
+        assert all(b[0] != a[0] + a[1] for a, b in pairwise(runs))
 
 
 @given(any_lists, st.data())

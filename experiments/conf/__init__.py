@@ -1,0 +1,1 @@
+"""Hydra's primary configuration; everything that can be chosen is in ``experiments.configs``."""
