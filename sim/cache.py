@@ -13,7 +13,7 @@ Which block is where::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from policies.api import BlockView, EvictionPolicy, PolicyError, Slo
 from sim.request import PS_PER_S, Request
@@ -239,6 +239,30 @@ class BlockPool:
         request.held = []
         request.stored = 0
 
+    def retire(self, request: Request, full: int, blocks: int, now_s: float) -> None:
+        """``store`` the first ``full`` blocks and ``release``, for a request that is done.
+
+        Most have nothing but blocks of their own, which nobody will match: one extent, no chain.
+        """
+        if request.held or request.chain_blocks or request.preemptions or self._longest == 1:
+            self.store(request, full)
+            self.release(request, blocks, now_s)
+            return
+        if self._debt:
+            self.settle()
+        full = min(full, request.retain_blocks)
+        self.free += blocks
+        self.blank += blocks - full
+        if full:
+            ident = request.runs[0][1]
+            extent = Extent(self, ident, 0, full, request.admitted_ps / PS_PER_S, request.slo)
+            extent.refs = 0
+            extent.used_s = now_s
+            self._map[ident] = extent
+            self.policy.add(extent, now_s)
+            if self.log is not None:
+                self.log.append(("store", ident, full))
+
     # ------------------------------------------------------------------ inside
 
     def _store(self, request: Request, ident: int, depth: int, room: int) -> int:
@@ -356,25 +380,13 @@ class BlockPool:
 
     def _evict(self, blocks: int, now_s: float) -> None:
         """Give up cached blocks in the policy's order."""
-        victims = self.policy.victims(blocks, now_s)
-        if len(victims) == 1:  # the common case: a bite from one extent
-            victim = victims[0]
-            if (
-                type(victim) is Extent
-                and victim.blocks > blocks
-                and not victim.refs
-                and victim.twin is None
-                and self._map.get(victim.start) is victim
-            ):
-                if victim.kids:
-                    self._closed = False
-                victim.blocks -= blocks
-                self.evictions += blocks
-                if self.log is not None:
-                    self.log.append(("evict", victim.start + victim.blocks, blocks))
-                return
         wanted = blocks
-        for victim in self._checked(victims):
+        for victim in self.policy.victims(blocks, now_s):
+            if type(victim) is not Extent or victim.refs or not victim.blocks:
+                raise PolicyError(
+                    f"{self.policy_name}.victims named {victim!r}, which is "
+                    + ("in use" if isinstance(victim, Extent) and victim.refs else "not cached")
+                )
             count = victim.blocks
             if count <= blocks:
                 self._drop(victim, now_s)
@@ -382,13 +394,13 @@ class BlockPool:
                 count = blocks
                 if victim.kids:
                     self._closed = False
-                if victim.twin is not None or self._map.get(victim.start) is not victim:
-                    self._split(victim, victim.blocks - count, claimed=False)
-                    self._drop(victim, now_s)
-                else:
+                if victim.twin is None and self._map[victim.start] is victim:
                     victim.blocks -= count
                     if self.log is not None:
                         self.log.append(("evict", victim.start + victim.blocks, count))
+                else:
+                    self._split(victim, victim.blocks - count, claimed=False)
+                    self._drop(victim, now_s)
             self.evictions += count
             blocks -= count
             if not blocks:
@@ -397,15 +409,6 @@ class BlockPool:
             f"{self.policy_name}.victims({wanted}, now={now_s}) named only {wanted - blocks} "
             f"blocks, but {self.free + wanted} can be evicted"
         )
-
-    def _checked(self, victims: Sequence[BlockView]) -> list[Extent]:
-        for victim in victims:
-            if not isinstance(victim, Extent) or victim.refs or not victim.blocks:
-                raise PolicyError(
-                    f"{self.policy_name}.victims named {victim!r}, which is "
-                    + ("in use" if isinstance(victim, Extent) and victim.refs else "not cached")
-                )
-        return victims  # type: ignore[return-value]
 
     def _drop(self, victim: Extent, now_s: float) -> None:
         """Forget a whole extent."""
@@ -416,21 +419,26 @@ class BlockPool:
             victim.parent.kids -= 1
             victim.parent = None
         start = victim.start
-        oldest = self._map[start]
+        if victim.twin is None and self._map[start] is victim:
+            del self._map[start]
+        else:
+            self._unlink(victim)
+        if self.log is not None:
+            self.log.append(("evict", start, victim.blocks))
+        victim.blocks = 0
+
+    def _unlink(self, victim: Extent) -> None:
+        """Take one of several extents with the same ids out of their list."""
+        oldest = self._map[victim.start]
         if oldest is victim:
-            if victim.twin is None:
-                del self._map[start]
-            else:
-                self._map[start] = victim.twin
+            assert victim.twin is not None
+            self._map[victim.start] = victim.twin
         else:
             while oldest.twin is not victim:
                 assert oldest.twin is not None
                 oldest = oldest.twin
             oldest.twin = victim.twin
         victim.twin = None
-        if self.log is not None:
-            self.log.append(("evict", start, victim.blocks))
-        victim.blocks = 0
 
     # ------------------------------------------------------------------ checking
 

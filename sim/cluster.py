@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import TypeAlias
 
-import simpy
-from simpy.events import Event
-
 from policies.api import InstanceView, PDPolicy, PolicyError, RequestView, Router
+from sim.clock import SIGNAL, Clock, Timer
 from sim.engine import FastEngine
 from sim.request import PS_PER_S, Request
-from sim.scheduler import Engine, _name
+from sim.scheduler import _name
 from sim.stepwise import StepEngine
 
 AnyEngine: TypeAlias = FastEngine | StepEngine
@@ -36,7 +34,7 @@ class Snapshot:
 
     @property
     def signal_age_s(self) -> float:
-        return (int(self._engine.env.now) - self._taken_ps) / PS_PER_S
+        return (self._engine.env._now - self._taken_ps) / PS_PER_S
 
     def matched_tokens(self, request: RequestView) -> int:
         assert isinstance(request, Request)
@@ -55,7 +53,7 @@ class Snapshot:
         self.waiting, self.running = engine.waiting, engine.running
         self.kv_usage = engine.kv_usage
         self.inflight_tokens = engine.inflight_tokens
-        self._taken_ps = int(engine.env.now)
+        self._taken_ps = engine.env._now
         self._cached = engine.published()
         return before != (self.waiting, self.running)
 
@@ -65,7 +63,7 @@ class Cluster:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: Clock,
         engines: Sequence[AnyEngine],
         pd: PDPolicy,
         signal_age_s: float = 0.0,
@@ -88,7 +86,10 @@ class Cluster:
             self._views = self._snapshots
         elif indexed:
             for engine in engines:
-                engine.changed = self._changed
+                engine.changed = pd.changed
+        self._engine_of = {
+            id(view): engine for view, engine in zip(self._views, engines, strict=True)
+        }
         if indexed:
             for view in self._views:
                 pd.changed(view)
@@ -97,50 +98,34 @@ class Cluster:
     def instances(self) -> Sequence[InstanceView]:
         return self._views
 
-    def _changed(self, engine: Engine) -> None:
-        self.pd.changed(engine)
-
     def submit(self, request: Request) -> None:
         """Place a request that arrives now."""
-        now_s = int(self.env.now) / PS_PER_S
-        placement = self.pd.place(request, self, now_s)
-        target = self._target(request, placement)
-        if self._age_ps and not self._ticking:
-            self._ticking = True
-            self._arm()
-        self.engines[target].add(request)
-
-    def _target(self, request: Request, placement: object) -> int:
-        prefill = getattr(placement, "prefill", None)
-        decode = getattr(placement, "decode", None)
-        target = getattr(prefill, "id", -1)
-        if (
-            not isinstance(target, int)
-            or not 0 <= target < len(self.engines)
-            or (self._views[target] is not prefill)
-        ):
+        placement = self.pd.place(request, self, self.env._now / PS_PER_S)
+        engine = self._engine_of.get(id(getattr(placement, "prefill", None)))
+        if engine is None:
             raise PolicyError(
                 f"{_name(self.pd)}.place({request.id}) answered {placement!r}; "
                 f"a Placement of instances of the cluster was expected"
             )
-        if decode is not prefill:
+        if placement.decode is not placement.prefill:
             raise PolicyError(
                 f"{_name(self.pd)}.place({request.id}) split prefill and decode over instances "
-                f"{target} and {getattr(decode, 'id', decode)!r}; this deployment is colocated"
+                f"{engine.id} and {getattr(placement.decode, 'id', None)}; "
+                f"this deployment is colocated"
             )
-        return target
+        if self._age_ps and not self._ticking:
+            self._ticking = True
+            self._arm()
+        engine.add(request)
 
     # ------------------------------------------------------------------ stale signals
 
     def _arm(self) -> None:
         """Collect signals at the next multiple of the age, before arrivals of that instant."""
-        event = Event(self.env)
-        event._ok = True
-        event.callbacks.append(self._tick)  # type: ignore[union-attr]
-        delay = self._age_ps - int(self.env.now) % self._age_ps
-        self.env.schedule(event, 0, delay)  # type: ignore[arg-type]
+        delay = self._age_ps - self.env._now % self._age_ps
+        self.env.arm(delay, SIGNAL, Timer(self._tick))
 
-    def _tick(self, event: Event) -> None:
+    def _tick(self, timer: Timer) -> None:
         for snapshot in self._snapshots:
             if snapshot.refresh() and self._indexed:
                 self.pd.changed(snapshot)

@@ -9,35 +9,26 @@ so the outcome is ``==`` to that of ``sim.stepwise``. The algorithm is explained
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Container
-from heapq import heapify, heappop, heappush
+from collections.abc import Container
+from heapq import heappop, heappush
+from functools import partial
 from math import isqrt
-from typing import TypeAlias
-
-from simpy.events import Event
+from operator import attrgetter
 
 from policies.api import EvictionPolicy, RequestView, Tier
 from sim.cache import BlockPool
 from sim.latency import Batch
 from sim.request import PS_PER_S, Request
-from sim.scheduler import LATE, Engine, _name
+from sim.clock import LATE, Timer
+from sim.scheduler import Engine, _name
 
 CHUNK_RUN = 256
 """Most prompt chunks in one event; only bounds how much is thrown away when it is cut."""
 
 
-Callbacks: TypeAlias = "tuple[Callable[[Timer], None]]"
-
-
-class Timer(Event):
-    """A SimPy event without what nobody needs here: a third of the cost of a ``Timeout``."""
-
-    __slots__ = ("version",)
-
-    def __init__(self, callbacks: Callbacks, version: int) -> None:
-        self.callbacks = callbacks  # type: ignore[assignment]
-        self.version = version
-        self._ok = True
+_batch = partial(tuple.__new__, Batch)
+"""``Batch`` from a tuple, in half the time of calling the class."""
+_seat = attrgetter("seat")
 
 
 class FastEngine(Engine):
@@ -45,10 +36,10 @@ class FastEngine(Engine):
 
     __slots__ = (
         "_batched", "_chunk", "_completing", "_context", "_count", "_decodes", "_due",
-        "_due_heap", "_ends", "_first_ps", "_fragile", "_joined", "_limited", "_longest",
+        "_due_heap", "_ends", "_first_ps", "_fragile", "_lead", "_limited", 
         "_on_end", "_on_wake", "_phase", "_prefill_tokens", "_prefilling", "_priority",
         "_published", "_ran", "_running", "_skewed", "_slope_ps", "_stalled", "_start_ps",
-        "_step", "_version", "_wake_ps", "eviction", "pool",
+        "_step", "_armed", "_wake_ps", "eviction", "pool",
     )  # fmt: skip
 
     def __init__(self, *args: object, eviction: EvictionPolicy, **options: object) -> None:
@@ -82,16 +73,16 @@ class FastEngine(Engine):
         """Decoders by (KV tokens - step) mod block size: who needs a block in which step."""
         self._due: dict[int, list[Request]] = {}
         self._due_heap: list[int] = []
-        self._longest: list[tuple[int, int, Request]] = []
-        """Heap of (step - KV tokens, serial number, decoder), stale entries included."""
-        self._joined = 0
+        self._lead: int | None = None
+        """Step - KV tokens of the longest decoder, which never changes; ``None``: not known."""
         # The flight: what the pending event stands for.
         self._priority = LATE + self.id
-        self._on_end: Callbacks = (self._end,)
-        self._on_wake: Callbacks = (self._wake,)
+        self._on_end = Timer(self._end)
+        self._on_wake = Timer(self._wake)
         self._ran = self.sink.ran
         self._skewed = self.steps.longest_matters
-        self._version = 0
+        self._armed = -1
+        """Number of the event that counts."""
         self._wake_ps = -1
         self._start_ps = 0
         self._count = 0
@@ -155,7 +146,7 @@ class FastEngine(Engine):
 
     def add(self, request: Request) -> None:
         """A request arrives."""
-        now: int = self.env._now  # type: ignore[assignment]
+        now = self.env._now
         if not self._accept(request, now):
             return
         if self._count == 0:  # asleep: the step begins when all arrivals of this instant are in
@@ -175,14 +166,13 @@ class FastEngine(Engine):
                 self._count = steps
                 self._schedule(self._on_end, self._start_ps + self._elapsed(steps) - now)
 
-    def _schedule(self, callbacks: Callbacks, delay_ps: int) -> None:
-        """Arm the engine's one timer; an older one is ignored when it fires."""
-        self._version = version = self._version + 1
+    def _schedule(self, timer: Timer, delay_ps: int) -> None:
+        """Arm one of the engine's timers; an older time is ignored when it comes."""
         self.events += 1
-        self.env.schedule(Timer(callbacks, version), self._priority, delay_ps)  # type: ignore[arg-type]
+        self._armed = self.env.arm(delay_ps, self._priority, timer)
 
     def _wake(self, timer: Timer) -> None:
-        if timer.version == self._version:
+        if self.env.serial == self._armed:
             self._begin()
 
     # ------------------------------------------------------------------ time inside a flight
@@ -213,7 +203,7 @@ class FastEngine(Engine):
         """Bring the state up to the step in progress (vLLM allocates when a step starts)."""
         if self._count <= 1:
             return
-        steps = min(self._boundary(self.env._now), self._count) - 1  # type: ignore[arg-type]
+        steps = min(self._boundary(self.env._now), self._count) - 1
         if steps < 1:
             return
         self._log(steps)
@@ -231,10 +221,11 @@ class FastEngine(Engine):
         tokens = self.block_tokens
         cycles, rest = divmod(steps, tokens)
         need = cycles * self._decodes
-        if rest:
-            phase, step = self._phase, self._step
-            for i in range(1, rest + 1):
-                need += phase[-(step + i) % tokens]
+        if rest:  # those whose turn comes in the next `rest` steps stand side by side
+            low = -(self._step + rest) % tokens
+            need += sum(self._phase[low : low + rest])
+            if low + rest > tokens:
+                need += sum(self._phase[: low + rest - tokens])
         if self._ends is not None:
             partial = next(iter(self._prefilling))
             partial.computed_tokens += steps * self._chunk
@@ -293,10 +284,9 @@ class FastEngine(Engine):
             heappush(self._due_heap, due)
         else:
             bucket.append(request)
-        if self._skewed:
-            request.longest_key = step - kv
-            self._joined += 1
-            heappush(self._longest, (request.longest_key, self._joined, request))
+        request.longest_key = key = step - kv
+        if self._decodes == 1 or (self._lead is not None and key < self._lead):
+            self._lead = key
 
     def _leave(self, request: Request) -> None:
         """The request no longer decodes; brings its counters up to date."""
@@ -307,19 +297,14 @@ class FastEngine(Engine):
         self._phase[request.phase] -= 1
         self._decodes -= 1
         self._context -= kv
-        request.longest_key = 1
+        if request.longest_key == self._lead:
+            self._lead = None
 
     def _longest_decode(self) -> int:
         """KV tokens of the longest decoder, the one computed now included."""
-        if not self._decodes or not self._skewed:
-            return 0
-        heap = self._longest
-        while heap[0][0] != heap[0][2].longest_key or not heap[0][2].decoding:
-            heappop(heap)
-        if len(heap) > 64 + 4 * self._decodes:
-            heap[:] = [entry for entry in heap if entry[2].decoding]
-            heapify(heap)
-        return self._step - heap[0][0] + 1
+        if self._lead is None:  # it left: look for the next
+            self._lead = min(r.longest_key for r in self._running if r.decoding)
+        return self._step - self._lead + 1
 
     def _next_due(self) -> int:
         """The step at whose end the next decoder finishes."""
@@ -334,41 +319,53 @@ class FastEngine(Engine):
         """Schedule one step by vLLM's rules and launch as many as must be alike."""
         if self._completing:
             self._completing = []
-        if self._stalled:
-            self._stalled = []
+        decodes = self._decodes
+        pool = self.pool
+        need = self._phase[-self._step % self.block_tokens] if decodes else 0
+        if self._prefilling or self._stalled or need > pool.free:
+            self._begin_crowded(need)
+            return
+        # Every decoder takes its token; whoever waits may use the rest of the budget.
+        self._fragile = False
+        if need:
+            pool.take(need)
+        left = self._budget - decodes
+        prefills: list[tuple[int, int]] = []
+        if self._queue and left > 0:
+            left = self._admit(left, self._threshold() if self._limited else 0, prefills)
+        self._launch(prefills, left, preempted=False)
+
+    def _begin_crowded(self, need: int) -> None:
+        """As ``_begin``, with prompts in progress or too few blocks."""
+        self._stalled = []
         self._fragile = False
         prefills: list[tuple[int, int]] = []
         threshold = self._threshold() if self._limited else 0
-        decodes = self._decodes
-        tokens = self.block_tokens
-        left = self._budget - decodes
-        need = self._phase[-self._step % tokens] if decodes else 0
-        partial: Request | None = None
-        chunk = 0
+        left = self._budget - self._decodes
         plain = need <= self.pool.free
-        if self._prefilling:
+        partial: Request | None = None
+        chunk = blocks = 0
+        if plain and self._prefilling:
             partial = next(reversed(self._running))
             plain = not threshold and len(self._prefilling) == 1 and partial in self._prefilling
             if plain:
                 total = partial.prompt_tokens + partial.output_tokens
                 chunk = min(total - partial.computed_tokens, left)
-                blocks = -(-(partial.computed_tokens + chunk) // tokens)
+                blocks = -(-(partial.computed_tokens + chunk) // self.block_tokens)
                 need += blocks - partial.blocks
                 plain = need <= self.pool.free
+        preempted = False
         if plain:
-            if need:
-                self.pool.take(need)
+            self.pool.take(need)
             if partial is not None:
                 partial.blocks = blocks
                 left -= chunk
                 self._compute(partial, chunk, prefills)
-            preempted = False
         else:
             left, preempted = self._schedule_running(threshold, prefills)
         if not preempted and self._queue and left > 0:
             left = self._admit(left, threshold, prefills)
-        # After a preemption nobody was admitted, so the next step must look at the queue.
-        self._launch(prefills, alone=preempted, full=left == 0 and not self._limited)
+        self._launch(prefills, left, preempted=preempted)
 
     def _compute(self, request: Request, tokens: int, prefills: list[tuple[int, int]]) -> None:
         """Put ``tokens`` more of a prompt into the step."""
@@ -392,7 +389,7 @@ class FastEngine(Engine):
     def _admit(self, left: int, threshold: int, prefills: list[tuple[int, int]]) -> int:
         """Admit from the head of the queue while the budget lasts (rules 9, 10, 12-15)."""
         limits, pool, tokens = self.limits, self.pool, self.block_tokens
-        now: int = self.env._now  # type: ignore[assignment]
+        now = self.env._now
         now_s = now / PS_PER_S
         running = self._running
         while left > 0 and len(running) < self._most:
@@ -514,7 +511,7 @@ class FastEngine(Engine):
                 if victim in self._completing:
                     self._completing.remove(victim)
             self._prefilling.pop(victim, None)
-        now: int = self.env._now  # type: ignore[assignment]
+        now = self.env._now
         if self._caching:
             self.pool.store(victim, kv // tokens)
         self.pool.release(victim, victim.blocks, now / PS_PER_S)
@@ -528,45 +525,63 @@ class FastEngine(Engine):
 
     # ------------------------------------------------------------------ launch
 
-    def _launch(self, prefills: list[tuple[int, int]], *, alone: bool, full: bool) -> None:
+    def _launch(
+        self, prefills: list[tuple[int, int]], left: int, *, preempted: bool
+    ) -> None:
         """Arm the timer for the step that was scheduled and those that must follow alike."""
         decodes = self._decodes
-        now: int = self.env._now  # type: ignore[assignment]
-        self._count = 0
-        if not decodes and not prefills:
+        self._start_ps = now = self.env._now
+        self._batched = decodes
+        self._ends = None
+        if prefills:
+            # What was scheduled is the budget without what is left, in tokens.
+            self._prefill_tokens = self._budget - left - decodes
+            self._first_ps = duration = self.steps.step_ps(
+                _batch(
+                    (
+                        tuple(prefills),
+                        decodes,
+                        self._context + decodes,
+                        self._longest_decode() if decodes and self._skewed else 0,
+                    )
+                )
+            )
+            self._slope_ps = 0
+            self._count = 1
+            if (
+                left == 0
+                and self._prefilling
+                and not self._limited
+                and not preempted
+                and not self._completing
+            ):
+                duration = self._extend_chunks(duration)
+        elif decodes:
+            self._prefill_tokens = 0
+            first, slope, count = self.steps.decode_run(decodes, self._context + decodes)
+            self._first_ps, self._slope_ps = first, slope
+            # After a preemption nobody was admitted, so the next step must look at the queue.
+            if preempted or self._fragile:
+                count = 1
+            else:
+                count = min(count, self._next_due() - self._step)
+                if (count // self.block_tokens + 1) * decodes > self.pool.free:
+                    count = self._until_blocks_run_out(count)
+                if self._queue and count > 1 and not self._plain_admission:
+                    count = self._until_asked_again(count)
+            self._count = count
+            duration = count * first + slope * (count * (count - 1) // 2)
+        else:
+            self._count = 0
             if self._running:  # the first in line preempted itself: an empty step, no time
                 for request in self._stalled:
                     self._join(request)
+                self._stalled = []
                 self._begin()
             else:
                 self._sleep(now)
             return
-        self._start_ps = now
-        self._batched = decodes
-        self._ends = None
-        self._prefill_tokens = 0
-        if prefills:
-            self._prefill_tokens = sum(chunk for chunk, _ in prefills)
-            self._first_ps = self.steps.step_ps(
-                Batch(tuple(prefills), decodes, self._context + decodes, self._longest_decode())
-            )
-            self._slope_ps = 0
-            self._count = 1
-            if full and not alone and len(self._prefilling) == 1 and not self._completing:
-                self._extend_chunks()
-            self._schedule(self._on_end, self._elapsed(self._count))
-            return
-        run = self.steps.decode_run(decodes, self._context + decodes)
-        self._first_ps, self._slope_ps = run.first_ps, run.slope_ps
-        count = 1
-        if not alone and not self._fragile:
-            count = min(self._next_due() - self._step, run.steps)
-            if count > 1:
-                count = self._until_blocks_run_out(count)
-            if count > 1 and self._queue and not self._plain_admission:
-                count = self._until_asked_again(count)
-        self._count = count
-        self._schedule(self._on_end, self._elapsed(count))
+        self._schedule(self._on_end, duration)
 
     def _sleep(self, now: int) -> None:
         """Nothing to run: wait for an arrival, or for the end of a deferral."""
@@ -577,10 +592,7 @@ class FastEngine(Engine):
     def _until_blocks_run_out(self, count: int) -> int:
         """How many of ``count`` decode steps have blocks; those of the first are taken already."""
         tokens, decodes, free = self.block_tokens, self._decodes, self.pool.free
-        cycles = (count - 1) // tokens
-        if cycles * decodes + decodes <= free:
-            return count
-        cycles = min(cycles, free // decodes)
+        cycles = min((count - 1) // tokens, free // decodes)
         free -= cycles * decodes
         steps = 1 + cycles * tokens
         phase, step = self._phase, self._step
@@ -604,8 +616,13 @@ class FastEngine(Engine):
             count = min(count, self._boundary(until))
         return count
 
-    def _extend_chunks(self) -> None:
-        """Fly over the full-budget chunks of the one prompt in progress (nobody can be admitted)."""
+    def _extend_chunks(self, duration: int) -> int:
+        """Fly over the full-budget chunks of the one prompt in progress (nobody can be admitted).
+
+        Returns the duration of the whole flight; ``duration`` is that of its first step.
+        """
+        if len(self._prefilling) > 1:
+            return duration
         tokens, decodes = self.block_tokens, self._decodes
         partial = next(iter(self._prefilling))
         chunk = self._budget - decodes
@@ -614,13 +631,13 @@ class FastEngine(Engine):
         if decodes:
             more = min(more, self._next_due() - self._step - 1)
         if more < 1:
-            return
+            return duration
         blocks = -(-(partial.computed_tokens + more * chunk) // tokens) - partial.blocks
         if blocks + (more // tokens + 1) * decodes > self.pool.free:
-            return
-        longest = self._longest_decode()
+            return duration
+        longest = self._longest_decode() if decodes and self._skewed else 0
         context = self._context + decodes
-        end = self._first_ps
+        end = duration
         ends = [end]
         done = partial.computed_tokens
         for i in range(1, more + 1):
@@ -633,51 +650,65 @@ class FastEngine(Engine):
         self._ends = ends
         self._chunk = chunk
         self._count = more + 1
+        return end
 
     # ------------------------------------------------------------------ a step ends
 
     def _end(self, timer: Timer) -> None:
         """The last step of the flight is over (rule 17)."""
-        if timer.version != self._version:
+        if self.env.serial != self._armed:
             return
+        now = self.env._now
         count = self._count
-        self._log(count)
+        if self._ends is None:
+            self.steps_done += count
+            self._ran(
+                (
+                    self.id, self._start_ps, self._first_ps, self._slope_ps, count, self._batched,
+                    self._prefill_tokens, len(self._queue), self.pool.free,
+                )
+            )  # fmt: skip
+        else:
+            self._log(count)
         if count > 1:
             self._fold(count - 1)
-        self._ends = None
+            self._ends = None
         self._count = 0
-        self._step += 1
+        self._step = step = self._step + 1
         self._context += self._decodes
-        step = self._step
-        ended: list[Request] = []
         heap = self._due_heap
-        while heap and heap[0] <= step:
-            ended += self._due.pop(heappop(heap))
-        for request in ended:
-            self._leave(request)
-            request.blocks = -(-request.computed_tokens // self.block_tokens)
-        now: int = self.env._now  # type: ignore[assignment]
+        ended: list[Request] | None = None
+        if heap and heap[0] <= step:
+            ended = []
+            while heap and heap[0] <= step:
+                ended += self._due.pop(heappop(heap))
+            for request in ended:
+                self._leave(request)
+                request.blocks = -(-request.computed_tokens // self.block_tokens)
         for request in self._completing:
             request.output_tokens += 1
             if request.first_ps < 0:
                 request.first_ps = now
-            if request.output_tokens >= request._true_output_tokens:
-                ended.append(request)
-            else:
+            if request.output_tokens < request._true_output_tokens:
                 self._join(request)
-        for request in self._stalled:
-            self._join(request)
+            elif ended is None:
+                ended = [request]
+            else:
+                ended.append(request)
+        if self._stalled:
+            for request in self._stalled:
+                self._join(request)
+            self._stalled = []
         if ended:
             if len(ended) > 1:
-                ended.sort(key=lambda request: request.seat)
+                ended.sort(key=_seat)
             for request in ended:
                 self._finish(request, now)
         self._begin()
 
     def _finish(self, request: Request, now: int) -> None:
-        if self._caching:
-            self.pool.store(request, request.computed_tokens // self.block_tokens)
-        self.pool.release(request, request.blocks, now / PS_PER_S)
+        full = request.computed_tokens // self.block_tokens if self._caching else 0
+        self.pool.retire(request, full, request.blocks, now / PS_PER_S)
         del self._running[request]
         self._left(request)
         self.sink.finished(request, self.id, now)

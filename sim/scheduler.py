@@ -12,8 +12,6 @@ from heapq import heappop, heappush
 from math import inf, isnan
 from typing import Protocol, TypeAlias
 
-import simpy
-
 from policies.api import (
     ADMIT,
     Admission,
@@ -27,12 +25,9 @@ from policies.api import (
     ReusePolicy,
     Tier,
 )
+from sim.clock import Clock
 from sim.latency import StepModel
 from sim.request import ENDLESS, PS_PER_S, Request
-
-LATE = 2
-"""SimPy priority of step ends: arrivals at the same instant come first, engines go by id."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
@@ -105,7 +100,7 @@ class Engine:
 
     def __init__(
         self,
-        env: simpy.Environment,
+        env: Clock,
         ident: int,
         limits: EngineLimits,
         blocks: int,
@@ -183,15 +178,6 @@ class Engine:
 
     # ------------------------------------------------------------------ queue
 
-    def refusal(self, request: Request) -> str | None:
-        """Why this engine can never run the request, as vLLM's front end would say."""
-        if request.prompt_tokens >= self.max_model_len:
-            return (
-                f"prompt_too_long: {request.prompt_tokens} prompt tokens, "
-                f"but at most {self.max_model_len - 1} fit"
-            )
-        return None
-
     def _enqueue(self, request: Request, now_ps: int) -> None:
         order = 0.0
         if not self._plain_order:
@@ -206,15 +192,24 @@ class Engine:
 
     def _accept(self, request: Request, now_ps: int) -> bool:
         """Take a new request into the queue, or reject it for good."""
-        request.max_tokens = self.max_model_len - request.prompt_tokens
-        if (reason := self.refusal(request)) is not None:
+        request.max_tokens = room = self.max_model_len - request.prompt_tokens
+        if room < 1:
+            reason = (
+                f"prompt_too_long: {request.prompt_tokens} prompt tokens, "
+                f"but at most {self.max_model_len - 1} fit"
+            )
             self.sink.rejected(request, self.id, now_ps, reason)
             return False
+        if request._true_output_tokens > room:
+            request._true_output_tokens = room
         self._arrivals += 1
         request.rank = self._arrivals
         self.inflight_tokens += request.prompt_tokens
         self.changes += 1
-        self._enqueue(request, now_ps)
+        if self._plain_order:
+            heappush(self._queue, (0.0, self._arrivals, request))
+        else:
+            self._enqueue(request, now_ps)
         if self.changed is not None:
             self.changed(self)
         return True

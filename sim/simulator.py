@@ -5,16 +5,17 @@ from __future__ import annotations
 import gc
 import inspect
 import zlib
+from array import array
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, cast
+from math import inf, nan
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import simpy
-from simpy.events import Event, Timeout
 
 from policies.api import PolicyError, PolicySet, Slo
 from sim.backend import Deployment
+from sim.clock import ARRIVAL, Clock, Timer
 from sim.cluster import AnyEngine, Cluster
 from sim.engine import FastEngine
 from sim.latency import StepModel
@@ -28,7 +29,7 @@ from traces.schema import Trace
 CHUNK = 65_536
 """Rows of the trace that are converted at a time."""
 CHECK = 1_024
-"""Requests between two looks at progress and memory."""
+"""Requests between two reports of progress and clean-ups."""
 
 
 class Simulator:
@@ -106,7 +107,7 @@ class _Run:
         self.blocks = deployment.kv_blocks()
         self.max_model_len = deployment.max_model_len()
         self.steps = simulator.step_model or deployment.step_model()
-        self.env = simpy.Environment()
+        self.env = Clock()
         self.oracle: TraceOracle | None = None
         tokens = deployment.limits.block_tokens
         self.chains = (
@@ -138,7 +139,7 @@ class _Run:
         self.ended_ps: dict[int, int] = {}
         """When predecessors ended whose successor's time has not come."""
         self._arrivals = self._requests()
-        self._next: Request | None = None
+        self._arrival = Timer(self._arrive)
         self.events = 0
 
     def _engine(self, ident: int) -> AnyEngine:
@@ -186,39 +187,52 @@ class _Run:
     def _requests(self) -> Iterator[Request]:
         """Requests in order of the trace's arrival times, made when they are needed."""
         table = self.trace.requests
-        columns = (
-            "id", "arrival_s", "prompt_tokens", "output_tokens", "session", "tenant", "model",
-            "kind", "priority", "slo_class", "slo_ttft_s", "slo_tpot_s", "slo_e2e_s",
-        )  # fmt: skip
-        slos: dict[tuple[str, float, float, float], Slo] = {
-            ("", float("inf"), float("inf"), float("inf")): NO_SLO
-        }
-        chains = self.chains
-        if chains is not None:
-            starts, counts = chains.start, chains.count
-            offsets = chains.offset
+        texts = ("session", "tenant", "model", "kind")
+        slo_columns = ("slo_class", "slo_ttft_s", "slo_tpot_s", "slo_e2e_s")
+        slos: dict[Any, Slo] = {("", inf, inf, inf): NO_SLO}
+        chains, oracle = self.chains, self.oracle
+        chain: list[tuple[int, int]] = []
         model = self.simulator.deployment.model.name
         for low in range(0, self.count, CHUNK):
-            part = [table[name].iloc[low : low + CHUNK].tolist() for name in columns]
-            for row, values in enumerate(zip(*part, strict=True), low):
-                name, arrival, prompt, output, session, tenant, wanted, kind, priority = values[:9]
-                key = cast("tuple[str, float, float, float]", values[9:])
-                slo = slos.get(key)
-                if slo is None:
-                    slo = slos[key] = Slo(
+            part = table.iloc[low : low + CHUNK]
+            ps = (part["arrival_s"] * PS_PER_S).round().tolist()
+            names, prompts, outputs, priorities = (
+                part[name].tolist()
+                for name in ("id", "prompt_tokens", "output_tokens", "priority")
+            )
+            classes = list(zip(*(part[name].tolist() for name in slo_columns), strict=True))
+            for key in set(classes):
+                if key not in slos:
+                    slos[key] = Slo(
                         name=key[0] or "none", ttft_s=key[1], tpot_s=key[2], e2e_s=key[3]
                     )
-                chain: list[tuple[int, int]] = []
+            # Most traces say nothing here: then requests keep the defaults.
+            told = [name for name in texts if (part[name] != "").any()]
+            tellings = list(zip(*(part[name].tolist() for name in told), strict=True))
+            if chains is not None:
+                offsets = chains.offset[low : low + len(part) + 1].tolist()
+                runs = list(
+                    zip(
+                        chains.start[offsets[0] : offsets[-1]].tolist(),
+                        chains.count[offsets[0] : offsets[-1]].tolist(),
+                        strict=True,
+                    )
+                )
+            for i in range(len(ps)):
+                row = low + i
                 if chains is not None:
-                    a, b = offsets[row], offsets[row + 1]
-                    chain = list(zip(starts[a:b].tolist(), counts[a:b].tolist(), strict=True))
-                request = Request(
-                    row, round(arrival * PS_PER_S), prompt, output, chain, name=name, slo=slo,
-                    priority=priority, session=session, tenant=tenant, model=wanted or model,
-                    kind=kind,
-                )  # fmt: skip
-                if self.oracle is not None:
-                    request.future_s = self.oracle.of(row)
+                    chain = runs[offsets[i] - offsets[0] : offsets[i + 1] - offsets[0]]
+                request = Request(row, int(ps[i]), prompts[i], outputs[i], chain)
+                request.name = names[i]
+                request.priority = priorities[i]
+                request.slo = slos[classes[i]]
+                request.model = model
+                if told:
+                    for name, value in zip(told, tellings[i], strict=True):
+                        if value:
+                            setattr(request, name, value)
+                if oracle is not None:
+                    request.future_s = oracle.of(row)
                 yield request
 
     def play(self) -> None:
@@ -228,7 +242,7 @@ class _Run:
         gc.disable()
         try:
             self._arm_next()
-            self.env.run()
+            self.env.run_out()
         finally:
             if collecting:
                 gc.enable()
@@ -242,18 +256,14 @@ class _Run:
             raise AssertionError(f"{self.count} requests arrived, but {self.done} ended")
 
     def _arm_next(self) -> None:
-        self._next = next(self._arrivals, None)
-        if self._next is not None:
-            self._at(self._next.arrival_ps, self._arrive)
+        request = next(self._arrivals, None)
+        if request is not None:
+            self._arrival.payload = request
+            self.events += 1
+            self.env.arm(request.arrival_ps - self.env._now, ARRIVAL, self._arrival)
 
-    def _at(self, when_ps: int, callback: Callable[[Event], None], value: object = None) -> None:
-        self.events += 1
-        timeout = Timeout(self.env, when_ps - int(self.env.now), value)
-        timeout.callbacks.append(callback)  # type: ignore[union-attr]
-
-    def _arrive(self, event: Event) -> None:
-        request = self._next
-        assert request is not None
+    def _arrive(self, timer: Timer) -> None:
+        request: Request = timer.payload
         row = request.index
         before = int(self.previous[row]) if self.has_sessions else -1
         if before < 0:
@@ -267,19 +277,20 @@ class _Run:
     def _release(self, request: Request, ended_ps: int) -> None:
         """The predecessor is done: the turn comes after the think time, if not later anyway."""
         think_ps = round(float(self.trace.requests["think_s"].iat[request.index]) * PS_PER_S)
-        now = int(self.env.now)
+        now = self.env._now
         # The client sees the answer one tick (1 ps) after it is complete.
         when = max(request.arrival_ps, ended_ps + think_ps, ended_ps + 1)
         if when <= now:
             self._submit(request)
         else:
-            self._at(when, self._arrive_late, request)
+            self.events += 1
+            self.env.arm(when - now, ARRIVAL, Timer(self._arrive_late, request))
 
-    def _arrive_late(self, event: Event) -> None:
-        self._submit(cast("Request", event._value))
+    def _arrive_late(self, timer: Timer) -> None:
+        self._submit(timer.payload)
 
     def _submit(self, request: Request) -> None:
-        now = int(self.env.now)
+        now = self.env._now
         request.arrival_ps = now
         request.arrival_s = now / PS_PER_S
         self.cluster.submit(request)
@@ -291,18 +302,15 @@ class _Run:
 
     def rejected(self, request: Request, engine: int, now_ps: int, reason: str) -> None:
         self.reasons[request.index] = reason
-        self._ended(request, engine, now_ps, None)
+        self._ended(request, engine, now_ps, nan)
 
-    def _ended(
-        self, request: Request, engine: int, now_ps: int, finish_ps: int | None
-    ) -> None:
+    def _ended(self, request: Request, engine: int, now_ps: int, finish_ps: float) -> None:
         row = request.index
-        admitted, first = request.admitted_ps, request.first_ps
         self.ended.append(
             (
-                row, request.arrival_ps, admitted if admitted >= 0 else None,
-                first if first >= 0 else None, finish_ps, request.output_tokens,
-                request.cached_tokens, request.preemptions, engine,
+                row, request.arrival_ps, request.admitted_ps if request.admitted_ps >= 0 else nan,
+                request.first_ps if request.first_ps >= 0 else nan, finish_ps,
+                request.output_tokens, request.cached_tokens, request.preemptions, engine,
             )
         )  # fmt: skip
         self.done += 1
@@ -397,40 +405,29 @@ class _Run:
 
 
 class _Columns:
-    """A table that grows by tuples: times come in picoseconds and are kept in seconds."""
+    """A table that grows row by row: times come in picoseconds and are kept in seconds."""
 
     def __init__(self, *columns: tuple[str, str]) -> None:
         self._columns = columns
-        self._rows: list[tuple[Any, ...]] = []
-        self._packed: list[pd.DataFrame] = []
-        self.append = self._rows.append
+        self._values = array("d")
+        self._fresh: list[float] = []
+        self.append = self._fresh.extend
+        """Takes one row; NaN where there is no value."""
 
     def pack(self) -> None:
-        """Turn the tuples so far into columns; they take a tenth of the memory."""
-        if len(self._rows) < CHECK:
-            return
-        self._pack()
-
-    def _pack(self) -> None:
-        values = np.array(self._rows, dtype=np.float64)
-        self._rows.clear()
-        self._packed.append(
-            pd.DataFrame(
-                {
-                    name: values[:, i] / PS_PER_S if name.endswith("_s") else values[:, i].astype(kind)
-                    for i, (name, kind) in enumerate(self._columns)
-                }
-            )
-        )
+        """Keep the rows so far as machine numbers, a fifth of the memory."""
+        self._values.extend(self._fresh)
+        self._fresh.clear()
 
     def table(self) -> pd.DataFrame:
-        if self._rows or not self._packed:
-            self._rows = self._rows or []
-            if self._rows:
-                self._pack()
-        if not self._packed:
-            return pd.DataFrame({name: np.empty(0, dtype=kind) for name, kind in self._columns})
-        return pd.concat(self._packed, ignore_index=True)
+        self.pack()
+        values = np.frombuffer(self._values).reshape(-1, len(self._columns))
+        return pd.DataFrame(
+            {
+                name: values[:, i] / PS_PER_S if name.endswith("_s") else values[:, i].astype(kind)
+                for i, (name, kind) in enumerate(self._columns)
+            }
+        )
 
 
 def _ignore(record: RunRecord) -> None:

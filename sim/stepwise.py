@@ -6,15 +6,14 @@ Rule numbers are those listed in ``docs/engine.md``.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from heapq import heappop
-
-from simpy.events import Event
 
 from policies.api import EvictionPolicy, PolicyError, RequestView, Slo, Tier
 from sim.latency import Batch
 from sim.request import PS_PER_S, Request
-from sim.scheduler import LATE, Engine, _name
+from sim.clock import LATE, Timer
+from sim.scheduler import Engine, _name
 
 
 class Block:
@@ -58,7 +57,7 @@ class StepEngine(Engine):
     """One instance, step by step."""
 
     __slots__ = (
-        "_blank", "_held", "_idle", "_known", "_planned", "_running", "_stepping", "_version",
+        "_blank", "_held", "_idle", "_known", "_planned", "_running", "_stepping", "_armed",
         "evicted", "eviction",
     )  # fmt: skip
 
@@ -75,7 +74,7 @@ class StepEngine(Engine):
         self._idle: set[Block] = set()
         """Cached blocks that nobody uses: what the eviction policy orders."""
         self._stepping = False
-        self._version = 0
+        self._armed = -1
         self.evicted: list[int] = []
         """Hashes in the order of their eviction."""
 
@@ -110,25 +109,20 @@ class StepEngine(Engine):
 
     def add(self, request: Request) -> None:
         """A request arrives."""
-        now: int = self.env.now  # type: ignore[assignment]
+        now = self.env._now
         if self._accept(request, now) and not self._stepping:
             self._schedule(self._wake, 0)
 
-    def _schedule(self, callback: object, delay_ps: int) -> None:
-        self._version += 1
+    def _schedule(self, call: Callable[[Timer], None], delay_ps: int) -> None:
         self.events += 1
-        event = Event(self.env)
-        event._ok = True
-        event._value = self._version
-        event.callbacks.append(callback)  # type: ignore[union-attr, arg-type]
-        self.env.schedule(event, LATE + self.id, delay_ps)  # type: ignore[arg-type]
+        self._armed = self.env.arm(delay_ps, LATE + self.id, Timer(call))
 
-    def _wake(self, event: Event) -> None:
-        if event._value == self._version:
+    def _wake(self, timer: Timer) -> None:
+        if self.env.serial == self._armed:
             self._begin()
 
     def _begin(self) -> None:
-        now: int = self.env.now  # type: ignore[assignment]
+        now = self.env._now
         self._plan(now)
         while not self._planned and self._running:  # an empty step takes no time
             self._plan(now)
@@ -160,9 +154,9 @@ class StepEngine(Engine):
         )  # fmt: skip
         self._schedule(self._end, duration)
 
-    def _end(self, event: Event) -> None:
+    def _end(self, timer: Timer) -> None:
         """Rule 17."""
-        now: int = self.env.now  # type: ignore[assignment]
+        now = self.env._now
         ended = []
         for request in self._planned:
             if request.computed_tokens < request.prompt_tokens + request.output_tokens:
