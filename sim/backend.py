@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from policies.api import PolicySet
@@ -99,7 +100,13 @@ class Deployment:
         return asked
 
     def step_model(self) -> StepModel:
-        return ParametricStepModel(self.chip, self.model, tp=self.tp, pp=self.pp, ep=self.ep)
+        return _step_model(self.chip, self.model, self.tp, self.pp, self.ep)
+
+
+@lru_cache(maxsize=32)
+def _step_model(chip: Chip, model: ModelSpec, tp: int, pp: int, ep: int) -> StepModel:
+    """Kept between runs, because it remembers what it has computed."""
+    return ParametricStepModel(chip, model, tp=tp, pp=pp, ep=ep)
 
 
 class Backend(Protocol):

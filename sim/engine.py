@@ -18,9 +18,9 @@ from operator import attrgetter
 from policies.api import EvictionPolicy, RequestView, Tier
 from sim.cache import BlockPool
 from sim.latency import Batch
-from sim.request import PS_PER_S, Request
+from sim.request import ENDLESS, PS_PER_S, Request
 from sim.clock import LATE, Timer
-from sim.scheduler import Engine, _name
+from sim.scheduler import RUN, Engine, _name
 
 CHUNK_RUN = 256
 """Most prompt chunks in one event; only bounds how much is thrown away when it is cut."""
@@ -29,6 +29,7 @@ CHUNK_RUN = 256
 _batch = partial(tuple.__new__, Batch)
 """``Batch`` from a tuple, in half the time of calling the class."""
 _seat = attrgetter("seat")
+_pack = RUN.pack
 
 
 class FastEngine(Engine):
@@ -36,7 +37,7 @@ class FastEngine(Engine):
 
     __slots__ = (
         "_batched", "_chunk", "_completing", "_context", "_count", "_decodes", "_due",
-        "_due_heap", "_ends", "_first_ps", "_fragile", "_lead", "_limited", 
+        "_due_heap", "_ends", "_first_ps", "_fragile", "_lead", "_open_ps", "_opening", "_limited", 
         "_on_end", "_on_wake", "_phase", "_prefill_tokens", "_prefilling", "_priority",
         "_published", "_ran", "_running", "_skewed", "_slope_ps", "_stalled", "_start_ps",
         "_step", "_armed", "_wake_ps", "eviction", "pool",
@@ -89,6 +90,10 @@ class FastEngine(Engine):
         """Steps in the flight; 0 while the engine is asleep."""
         self._first_ps = 0
         self._slope_ps = 0
+        self._opening = False
+        """The flight begins with a step that completes prompts, ``_open_ps`` long; the others are
+        a decode run in which those take part."""
+        self._open_ps = 0
         self._ends: list[int] | None = None
         """Ends of the steps of a run over prompt chunks, from ``_start_ps``; else ``None``."""
         self._chunk = 0
@@ -181,23 +186,29 @@ class FastEngine(Engine):
         """Duration of the flight's first ``steps`` steps."""
         if self._ends is not None:
             return self._ends[steps - 1]
-        return steps * self._first_ps + self._slope_ps * (steps * (steps - 1) // 2)
+        steps -= self._opening
+        return self._open_ps + steps * self._first_ps + self._slope_ps * (steps * (steps - 1) // 2)
 
     def _boundary(self, now_ps: int) -> int:
         """The step of the flight in progress at ``now``: the first that ends then or later."""
         elapsed = now_ps - self._start_ps
         if self._ends is not None:
             return bisect_left(self._ends, elapsed) + 1
+        opening = self._opening
+        if opening:
+            elapsed -= self._open_ps
+            if elapsed <= 0:
+                return 1
         first, slope = self._first_ps, self._slope_ps
         if elapsed <= first:
-            return 1
+            return opening + 1
         if not slope:
-            return -(-elapsed // first)
+            return opening - (-elapsed // first)
         m = 2 * first - slope
         steps = max((isqrt(m * m + 8 * slope * elapsed) - m) // (2 * slope), 1)
         while steps * first + slope * (steps * (steps - 1) // 2) < elapsed:
             steps += 1
-        return steps
+        return opening + steps
 
     def sync(self) -> None:
         """Bring the state up to the step in progress (vLLM allocates when a step starts)."""
@@ -208,17 +219,26 @@ class FastEngine(Engine):
             return
         self._log(steps)
         elapsed = self._elapsed(steps)
+        opened = int(self._opening)
         self._fold(steps)
         self._start_ps += elapsed
         self._count -= steps
         if self._ends is not None:
             self._ends = [end - elapsed for end in self._ends[steps:]]
         else:
-            self._first_ps += self._slope_ps * steps
+            self._first_ps += self._slope_ps * (steps - opened)
 
     def _fold(self, steps: int) -> None:
         """Account for the start of ``steps`` more steps of the flight."""
         tokens = self.block_tokens
+        if self._opening:
+            self._open()
+            need = self._phase[-self._step % tokens]
+            if need:
+                self.pool.take(need)
+            steps -= 1
+            if not steps:
+                return
         cycles, rest = divmod(steps, tokens)
         need = cycles * self._decodes
         if rest:  # those whose turn comes in the next `rest` steps stand side by side
@@ -239,27 +259,56 @@ class FastEngine(Engine):
         self._step += steps
         self._context += steps * self._decodes
 
+    def _open(self) -> None:
+        """The opening step of the flight is over: the prompts that it completed decode."""
+        self._opening = False
+        self._step += 1
+        self._context += self._decodes
+        first_ps = self._start_ps + self._open_ps
+        for request in self._completing:
+            request.output_tokens += 1
+            if request.first_ps < 0:
+                request.first_ps = first_ps
+            self._join(request)
+        self._completing = []
+        self._open_ps = 0
+
     def _log(self, steps: int) -> None:
         """Report ``steps`` steps of the flight, from its start."""
         self.steps_done += steps
+        ident, start, decodes = self.id, self._start_ps, self._batched
+        waiting, free = len(self._queue), self.pool.free
         if self._ends is None:
+            if self._opening:
+                self._ran(
+                    _pack(
+                        ident, start, self._open_ps, 0, 1, decodes, self._prefill_tokens,
+                        waiting, free,
+                    )
+                )  # fmt: skip
+                start += self._open_ps
+                steps -= 1
+                self._prefill_tokens = 0
+                self._batched = decodes = decodes + len(self._completing)
+                if not steps:
+                    return
             self._ran(
-                (
-                    self.id, self._start_ps, self._first_ps, self._slope_ps, steps, self._batched,
-                    self._prefill_tokens, len(self._queue), self.pool.free,
+                _pack(
+                    ident, start, self._first_ps, self._slope_ps, steps, decodes,
+                    self._prefill_tokens, waiting, free,
                 )
             )  # fmt: skip
             return
-        start = 0
+        before = 0
         for end in self._ends[:steps]:
             self._ran(
-                (
-                    self.id, self._start_ps + start, end - start, 0, 1, self._batched,
-                    self._prefill_tokens, len(self._queue), self.pool.free,
+                _pack(
+                    ident, start + before, end - before, 0, 1, decodes, self._prefill_tokens,
+                    waiting, free,
                 )
             )  # fmt: skip
             self._prefill_tokens = self._chunk
-            start = end
+            before = end
 
     # ------------------------------------------------------------------ decoders
 
@@ -525,9 +574,7 @@ class FastEngine(Engine):
 
     # ------------------------------------------------------------------ launch
 
-    def _launch(
-        self, prefills: list[tuple[int, int]], left: int, *, preempted: bool
-    ) -> None:
+    def _launch(self, prefills: list[tuple[int, int]], left: int, *, preempted: bool) -> None:
         """Arm the timer for the step that was scheduled and those that must follow alike."""
         decodes = self._decodes
         self._start_ps = now = self.env._now
@@ -548,14 +595,11 @@ class FastEngine(Engine):
             )
             self._slope_ps = 0
             self._count = 1
-            if (
-                left == 0
-                and self._prefilling
-                and not self._limited
-                and not preempted
-                and not self._completing
-            ):
-                duration = self._extend_chunks(duration)
+            if self._prefilling:
+                if left == 0 and not (self._limited or preempted or self._completing):
+                    duration = self._extend_chunks(duration)
+            elif not (self._queue or preempted):
+                duration = self._extend_decodes(duration)
         elif decodes:
             self._prefill_tokens = 0
             first, slope, count = self.steps.decode_run(decodes, self._context + decodes)
@@ -652,6 +696,37 @@ class FastEngine(Engine):
         self._count = more + 1
         return end
 
+    def _extend_decodes(self, duration: int) -> int:
+        """Fly on from a step that completes prompts to the decode run behind it, where nobody
+        waits and nobody finishes with that step. Returns as ``_extend_chunks``."""
+        step = self._step + 1
+        heap = self._due_heap
+        if heap:
+            count = heap[0] - step
+            if count < 1:
+                return duration
+        else:
+            count = ENDLESS
+        decodes = self._decodes
+        context = self._context + decodes
+        for request in self._completing:
+            rest = request._true_output_tokens - request.output_tokens - 1
+            if rest < count:
+                if not rest:
+                    return duration
+                count = rest
+            context += request.computed_tokens
+        decodes += len(self._completing)
+        first, slope, most = self.steps.decode_run(decodes, context + decodes)
+        count = min(count, most)
+        if (count // self.block_tokens + 2) * decodes > self.pool.free:
+            return duration
+        self._opening = True
+        self._open_ps = duration
+        self._first_ps, self._slope_ps = first, slope
+        self._count = count + 1
+        return duration + count * first + slope * (count * (count - 1) // 2)
+
     # ------------------------------------------------------------------ a step ends
 
     def _end(self, timer: Timer) -> None:
@@ -660,19 +735,12 @@ class FastEngine(Engine):
             return
         now = self.env._now
         count = self._count
-        if self._ends is None:
-            self.steps_done += count
-            self._ran(
-                (
-                    self.id, self._start_ps, self._first_ps, self._slope_ps, count, self._batched,
-                    self._prefill_tokens, len(self._queue), self.pool.free,
-                )
-            )  # fmt: skip
-        else:
-            self._log(count)
+        self._log(count)
         if count > 1:
             self._fold(count - 1)
             self._ends = None
+        self._opening = False
+        self._open_ps = 0
         self._count = 0
         self._step = step = self._step + 1
         self._context += self._decodes

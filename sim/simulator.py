@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import inspect
 import zlib
-from array import array
 from collections.abc import Callable, Iterator
 from math import inf, nan
+from struct import Struct
 from typing import Any, Literal
 
 import numpy as np
@@ -22,14 +22,15 @@ from sim.latency import StepModel
 from sim.oracle import TraceOracle
 from sim.request import NO_SLO, PS_PER_S, Request
 from sim.result import Result
-from sim.scheduler import RunRecord, _name
+from sim.scheduler import _name
 from sim.stepwise import StepEngine
 from traces.schema import Trace
 
 CHUNK = 65_536
 """Rows of the trace that are converted at a time."""
 CHECK = 1_024
-"""Requests between two reports of progress and clean-ups."""
+"""Requests between two reports of progress."""
+_pack = Struct("9d").pack
 
 
 class Simulator:
@@ -307,18 +308,15 @@ class _Run:
     def _ended(self, request: Request, engine: int, now_ps: int, finish_ps: float) -> None:
         row = request.index
         self.ended.append(
-            (
+            _pack(
                 row, request.arrival_ps, request.admitted_ps if request.admitted_ps >= 0 else nan,
                 request.first_ps if request.first_ps >= 0 else nan, finish_ps,
                 request.output_tokens, request.cached_tokens, request.preemptions, engine,
             )
         )  # fmt: skip
         self.done += 1
-        if not self.done % CHECK:
-            self.ended.pack()
-            self.log.pack()
-            if self.progress is not None:
-                self.progress(self.done, self.count)
+        if self.progress is not None and not self.done % CHECK:
+            self.progress(self.done, self.count)
         if self.has_sessions and self.following[row] >= 0:
             turn = self.waiting_turns.pop(row, None)
             if turn is None:
@@ -405,23 +403,15 @@ class _Run:
 
 
 class _Columns:
-    """A table that grows row by row: times come in picoseconds and are kept in seconds."""
+    """A table that grows by packed rows of doubles: times in picoseconds, kept in seconds."""
 
     def __init__(self, *columns: tuple[str, str]) -> None:
         self._columns = columns
-        self._values = array("d")
-        self._fresh: list[float] = []
-        self.append = self._fresh.extend
-        """Takes one row; NaN where there is no value."""
-
-    def pack(self) -> None:
-        """Keep the rows so far as machine numbers, a fifth of the memory."""
-        self._values.extend(self._fresh)
-        self._fresh.clear()
+        self._bytes = bytearray()
+        self.append = self._bytes.extend
 
     def table(self) -> pd.DataFrame:
-        self.pack()
-        values = np.frombuffer(self._values).reshape(-1, len(self._columns))
+        values = np.frombuffer(bytes(self._bytes)).reshape(-1, len(self._columns))
         return pd.DataFrame(
             {
                 name: values[:, i] / PS_PER_S if name.endswith("_s") else values[:, i].astype(kind)
@@ -430,7 +420,7 @@ class _Columns:
         )
 
 
-def _ignore(record: RunRecord) -> None:
+def _ignore(packed: bytes) -> None:
     """Where step runs are not kept."""
 
 

@@ -13,7 +13,7 @@ from policies.api import EvictionPolicy, PolicyError, RequestView, Slo, Tier
 from sim.latency import Batch
 from sim.request import PS_PER_S, Request
 from sim.clock import LATE, Timer
-from sim.scheduler import Engine, _name
+from sim.scheduler import RUN, Engine, _name
 
 
 class Block:
@@ -147,7 +147,7 @@ class StepEngine(Engine):
         duration = self.steps.step_ps(batch)
         self.steps_done += 1
         self.sink.ran(
-            (
+            RUN.pack(
                 self.id, now, duration, 0, 1, decodes, sum(n for n, _ in prefills),
                 len(self._queue), self.free_blocks(),
             )

@@ -117,8 +117,9 @@ def test_priority_preempts_the_least_urgent_and_fcfs_the_last(
 def test_the_least_urgent_in_front_preempts_itself_in_a_step_that_takes_no_time(
     mode: Mode,
 ) -> None:
-    # 0: B4 A4 (by priority) -> 108; 588: no free block. B comes first in the list and needs none
-    # of A's blocks: A loses its own. 588: B -> 698. 698: A9 -> 807.
+    # 0: A4 -> 104. 104: A decodes, B4 -> 218. Three steps of both -> 578: A has 8 KV tokens and no
+    # block for the next; it is the least urgent, so it goes, and vLLM's step ends there, empty.
+    # Again at 578: B (7 KV tokens) -> 688, done. 688: A computes 4 + 5 -> 797, and decodes -> 907.
     outcome = serve(
         Job(0, 4, 7, priority=5),
         Job(50, 4, 5, priority=0),
@@ -127,9 +128,6 @@ def test_the_least_urgent_in_front_preempts_itself_in_a_step_that_takes_no_time(
         enable_prefix_caching=False,
         policies={"admission": "priority"},
     )
-    # 0: A4 -> 104. 104: A decodes, B4 -> 218. 3 steps of both -> 578: A has 8 KV tokens and no
-    # block for the next: it preempts itself, nothing runs. Again at 578: B has 7 -> 688, done.
-    # 688: A computes 4 + 5 -> 797, then decodes once -> 907.
     assert outcome.steps[-4:] == [
         (458, 120, 2, 0),
         (578, 110, 1, 0),
@@ -314,8 +312,9 @@ def test_a_prompt_can_be_hit_in_the_step_that_computes_it(mode: Mode) -> None:
 
 def test_a_preempted_request_finds_its_own_blocks_again(mode: Mode) -> None:
     # As in the table of preemption, with the cache on: A takes one of B's cached blocks, the
-    # deeper one; at 698 B finds its first block (4 tokens) and computes 5 of 9.
+    # deeper one. At 698 B finds its first block (4 tokens) and computes 5 of 9 in two more: A's
+    # last one, which never was full, and A's deeper cached one.
     outcome = serve(Job(0, 4, 6), Job(0, 4, 6), mode=mode, blocks=4)
     assert outcome.steps[-2:] == [(588, 110, 1, 0), (698, 105, 0, 5)]
     assert outcome.column("cached_tokens") == [0, 0]  # counted at the first admission only
-    assert outcome.result.engines["evictions"].tolist() == [1]
+    assert outcome.result.engines["evictions"].tolist() == [2]

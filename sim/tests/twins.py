@@ -23,7 +23,7 @@ from sim.hardware import load_chip
 from sim.latency import AffineStepModel, ParametricStepModel, StepModel
 from sim.model import load_model
 from sim.request import Request
-from sim.scheduler import EngineLimits, RunRecord
+from sim.scheduler import RUN, EngineLimits
 from sim.stepwise import StepEngine
 
 PS = 1_000_000_000_000
@@ -196,8 +196,9 @@ class Log:
     def rejected(self, request: Request, engine: int, now_ps: int, reason: str) -> None:
         self.rows[request.index] = (engine, now_ps, reason)
 
-    def ran(self, record: RunRecord) -> None:
-        _, _, first_ps, slope_ps, steps, decodes, *_ = record
+    def ran(self, packed: bytes) -> None:
+        _, _, *numbers = RUN.unpack(packed)
+        first_ps, slope_ps, steps, decodes = (int(number) for number in numbers[:4])
         self.busy_ps += first_ps * steps + slope_ps * (steps * (steps - 1) // 2)
         self.decoded += decodes * steps
 
