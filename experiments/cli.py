@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 __all__ = ["app", "main"]
 
 
-class _Commands(typer.core.TyperGroup):
+class _Commands(TyperGroup):
     """Commands whose bad input ends in one line and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -368,6 +369,7 @@ def chips(as_json: AsJson = False) -> None:
             "trust": chip.trust,
             "calibration": "calibrated" if chip.calibrated else "uncalibrated",
         }
+        | ({"calibrated_by": chip.calibration, "warnings": list(chip.warnings)} if as_json else {})
         for chip in map(load_chip, names())
     ]
     _print_rows(rows, as_json)
@@ -406,7 +408,9 @@ def policies(policy_module: Modules = None, as_json: AsJson = False) -> None:
         load_module(module)
     rows: list[dict[str, Any]] = []
     for entry in catalog().values():
-        parameters = {p.name: p.default for p in entry.parameters}
+        parameters = {
+            p.name: "the run's" if p.name == "seed" else p.default for p in entry.parameters
+        }
         plain = {
             name: value if isinstance(value, bool | int | float | str) else repr(value)
             for name, value in parameters.items()

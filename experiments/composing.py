@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import (
@@ -46,11 +48,23 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         PolicyError: a module of ``policy_modules`` cannot be imported.
     """
     ready = prepared(overrides)
-    with hydra.initialize_config_module("experiments.conf", version_base="1.3"):
+    with _own_hydra():
         try:
             return hydra.compose("config", overrides=ready)
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error, ready) from None
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Hydra with our configuration, whatever Hydra the caller has initialised before."""
+    callers = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_module("experiments.conf", version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = callers
 
 
 def prepared(overrides: Sequence[str]) -> list[str]:
@@ -256,7 +270,7 @@ def _keys(key: str, overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     Both depend on the groups that were chosen, so those are composed once more.
     """
     groups = [text for text in overrides if text.partition("=")[0] in GROUPS]
-    with hydra.initialize_config_module("experiments.conf", version_base="1.3"):
+    with _own_hydra():
         try:
             config = hydra.compose("config", overrides=groups)
         except (HydraException, OmegaConfBaseException):  # a sweep, for example

@@ -125,10 +125,18 @@ def register() -> None:
     """Enter everything into Hydra's store; call it again after new policies were registered."""
     OmegaConf.register_new_resolver("servelab.first", _first, replace=True)
     store = ConfigStore.instance()
-    store.store(name="schema", node=Run, provider="servelab")
     for group in GROUPS:
         for name, node in _nodes(group).items():
-            store.store(group=group, name=name, node=node, provider="servelab")
+            if _entered.get((group, name)) is not node:
+                store.store(group=group, name=name, node=node, provider="servelab")
+                _entered[group, name] = node
+    if "schema" not in _entered:
+        store.store(name="schema", node=Run, provider="servelab")
+        _entered["schema"] = Run
+
+
+_entered: dict[object, Any] = {}
+"""What the store has: a policy that is defined again (in a notebook) replaces its node."""
 
 
 def options(group: str) -> tuple[str, ...]:
@@ -142,21 +150,24 @@ def _first(*values: Any) -> Any:
 
 
 def _nodes(group: str) -> Mapping[str, Any]:
+    if not group.startswith("policies/"):
+        return _fixed(group)
+    kind = group.removeprefix("policies/")
+    entries = (entry for entry in catalog().values() if entry.kind == kind)
+    return {entry.name: _policy(entry.cls, entry.name) for entry in entries}
+
+
+@cache
+def _fixed(group: str) -> Mapping[str, Any]:
+    """The options of a group to which a program adds none."""
     if group == "chip":
         return {name: Profile(name=name) for name in chips()}
     if group == "model":
         return {name: Profile(name=name) for name in models()}
     if group == "engine":
         return {"vllm": _limits()}
-    if group == "trace":
-        return {name: TraceFile(name=name, path=path) for name, path in FILES.items()} | {
-            _trace_name(name): _generated(name) for name in generators()
-        }
-    kind = group.removeprefix("policies/")
-    return {
-        entry.name: _policy(entry.cls, entry.name)
-        for entry in catalog().values()
-        if entry.kind == kind
+    return {name: TraceFile(name=name, path=path) for name, path in FILES.items()} | {
+        _trace_name(name): _generated(name) for name in generators()
     }
 
 
@@ -172,14 +183,12 @@ def _policy(cls: type, name: str) -> Any:
     return _node(cls.__name__, [("name", str, name), *parameters])
 
 
-@cache
 def _limits() -> Any:
     """A node with the options of ``EngineLimits``."""
     hints = typing.get_type_hints(EngineLimits)
     return _node("EngineLimits", [(f.name, hints[f.name], f.default) for f in fields(EngineLimits)])
 
 
-@cache
 def _generated(name: str) -> Any:
     """A node with the parameters of a trace generator, which is named in ``generator``."""
     function = generators()[name]

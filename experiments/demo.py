@@ -25,7 +25,8 @@ OVERRIDES = (
 )
 ABOUT = (
     "four A100-80G with Llama-3.1-8B; arrivals twice as fast as in the trace and KV cache "
-    "limited to 3,000 blocks per GPU, so that policies have something to decide; one trace and one seed, so small differences are chance"
+    "limited to 3,000 blocks per GPU, so that policies have something to decide; one trace and "
+    "one seed, so small differences may be chance"
 )
 EVICTIONS = ("lru", "slo_aware")
 ROUTINGS = ("round_robin", "prefix_affinity")

@@ -28,7 +28,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 STYLES = ("-", "--", "-.", ":")
 TIMELINE_POINTS = 400
-BUBBLE_POINTS2 = (60.0, 420.0)
+BUBBLE_POINTS2 = (50.0, 250.0)
 """Areas of the least and the most goodput, in square points."""
 
 METRICS: Mapping[str, tuple[str, Callable[[pd.DataFrame], NDArray[np.float64]]]] = {
@@ -110,7 +110,7 @@ def tradeoff(results: Mapping[str, Result], ax: Axes | None = None) -> Axes:
     ax.set_xlabel("prompt tokens found in the cache (%)")
     ax.set_ylabel("time to first token, p99 (s)")
     ax.set_title("Cache hits against tail latency: lower right is better, larger is better")
-    ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+    ax.legend(frameon=False, loc="best", labelspacing=1.0)
     return _finished(ax)
 
 

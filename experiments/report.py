@@ -6,6 +6,7 @@ best of each row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
@@ -64,7 +65,11 @@ def page(
 
     With configs, the keys that differ come first.
     """
-    summaries = [result.summary() for result in results.values()]
+    summaries = [
+        # Without targets every request meets them, which is not worth a figure.
+        result.summary() | ({} if _has_targets(result) else {"slo_attainment": None})
+        for result in results.values()
+    ]
     shown = Table(show_header=bool(results))
     shown.add_column("")
     for label, result in results.items():
@@ -85,7 +90,8 @@ def page(
 def name(result: Result) -> str:
     """A run by its policies, for tables of one."""
     policies = result.meta["policies"]
-    return f"{policies['eviction']}, {policies['routing']}"
+    names = (str(policies[kind]).rpartition("/")[2] for kind in ("eviction", "routing"))
+    return ", ".join(names)
 
 
 def document(result: Result, run: str | None = None) -> dict[str, Any]:
@@ -124,10 +130,11 @@ def notes(result: Result) -> list[str]:
     """What a reader of the figures should know."""
     meta = result.meta
     lines = [f"trace {meta['trace']}: {text}" for text in meta.get("trace_notes", ())]
-    lines += [
-        f"rejected {count} of {len(result.requests)} requests: {reason}"
-        for reason, count in _reasons(result).items()
-    ]
+    details = _rejections(result)
+    for cause, count in _reasons(result).items():
+        example = next(detail for detail in details if _cause(detail) == cause)
+        first = "" if example == cause else f", the first: {example.partition(': ')[2]}"
+        lines.append(f"rejected {count} of {len(result.requests)} requests: {cause}{first}")
     return lines
 
 
@@ -177,9 +184,18 @@ def _calibrated(result: Result) -> bool:
 
 
 def _reasons(result: Result) -> dict[str, int]:
+    """How many requests were rejected for each cause."""
+    return dict(Counter(map(_cause, _rejections(result))).most_common())
+
+
+def _rejections(result: Result) -> list[str]:
+    """The reason of each rejected request: ``cause`` or ``cause: details``."""
     rejected = result.requests.loc[result.requests["state"] == "rejected", "reason"]
-    counts = rejected.astype(str).value_counts(sort=True)
-    return {str(reason): int(count) for reason, count in counts.items()}
+    return [str(reason) for reason in rejected]
+
+
+def _cause(reason: str) -> str:
+    return reason.partition(": ")[0]
 
 
 def _common(values: list[str], otherwise: str) -> str:

@@ -321,6 +321,9 @@ class EvictionPolicy(ABC):
     single_blocks: ClassVar[bool] = False
     """Views must stand for exactly one block (slower); needed when the order depends on depth."""
 
+    in_order: ClassVar[bool] = False
+    """Victims always come in the order of ``add``: the backend may ask for many at once."""
+
     def attach_oracle(self, oracle: Oracle) -> None:
         """Called once before the run when ``needs_oracle`` is set."""
 

@@ -19,6 +19,8 @@ from policies.api import BlockView, EvictionPolicy, PolicyError, Slo
 from sim.request import PS_PER_S, Request
 
 INF = float("inf")
+BULK = 2_000
+"""Blocks that are worth evicting at once, where their order is sure."""
 Found = list[tuple["Extent", int]]
 """Matched extents, each with the number of its leading blocks that match."""
 
@@ -107,6 +109,8 @@ class BlockPool:
         self.log: list[tuple[str, int, int]] | None = None
         """When a list: every ("store" | "evict", first id, blocks) in order."""
         self._map: dict[int, Extent] = {}
+        self._patience = BULK if policy.in_order else 0
+        """Debt that need not be settled before the eviction order changes."""
         self._longest = 1 if policy.single_blocks else 1 << 62
         self._closed = True
         """Every cached extent's predecessor is cached: nothing can lie behind a miss."""
@@ -218,7 +222,7 @@ class BlockPool:
     def release(self, request: Request, blocks: int, now_s: float) -> None:
         """The request gives up all its ``blocks``: unhashed ones become blank, the others join
         the eviction order deepest first (rule 16)."""
-        if self._debt:
+        if self._debt > self._patience:
             self.settle()
         loose = blocks - request.stored
         self.blank += loose
@@ -248,7 +252,7 @@ class BlockPool:
             self.store(request, full)
             self.release(request, blocks, now_s)
             return
-        if self._debt:
+        if self._debt > self._patience:
             self.settle()
         full = min(full, request.retain_blocks)
         self.free += blocks
@@ -381,7 +385,8 @@ class BlockPool:
     def _evict(self, blocks: int, now_s: float) -> None:
         """Give up cached blocks in the policy's order."""
         wanted = blocks
-        for victim in self.policy.victims(blocks, now_s):
+        policy, known, log = self.policy, self._map, self.log
+        for victim in policy.victims(blocks, now_s):
             if type(victim) is not Extent or victim.refs or not victim.blocks:
                 raise PolicyError(
                     f"{self.policy_name}.victims named {victim!r}, which is "
@@ -394,10 +399,10 @@ class BlockPool:
                 count = blocks
                 if victim.kids:
                     self._closed = False
-                if victim.twin is None and self._map[victim.start] is victim:
+                if victim.twin is None and known[victim.start] is victim:
                     victim.blocks -= count
-                    if self.log is not None:
-                        self.log.append(("evict", victim.start + victim.blocks, count))
+                    if log is not None:
+                        log.append(("evict", victim.start + victim.blocks, count))
                 else:
                     self._split(victim, victim.blocks - count, claimed=False)
                     self._drop(victim, now_s)

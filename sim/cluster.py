@@ -101,12 +101,13 @@ class Cluster:
     def submit(self, request: Request) -> None:
         """Place a request that arrives now."""
         placement = self.pd.place(request, self, self.env._now / PS_PER_S)
-        engine = self._engine_of.get(id(getattr(placement, "prefill", None)))
-        if engine is None:
+        try:
+            engine = self._engine_of[id(placement.prefill)]
+        except (AttributeError, KeyError):
             raise PolicyError(
                 f"{_name(self.pd)}.place({request.id}) answered {placement!r}; "
                 f"a Placement of instances of the cluster was expected"
-            )
+            ) from None
         if placement.decode is not placement.prefill:
             raise PolicyError(
                 f"{_name(self.pd)}.place({request.id}) split prefill and decode over instances "

@@ -174,7 +174,9 @@ class FastEngine(Engine):
     def _schedule(self, timer: Timer, delay_ps: int) -> None:
         """Arm one of the engine's timers; an older time is ignored when it comes."""
         self.events += 1
-        self._armed = self.env.arm(delay_ps, self._priority, timer)
+        env = self.env  # as Clock.arm, without the call
+        self._armed = serial = next(env._eid)
+        heappush(env._queue, (env._now + delay_ps, self._priority, serial, timer))  # type: ignore[arg-type]
 
     def _wake(self, timer: Timer) -> None:
         if self.env.serial == self._armed:
@@ -355,13 +357,6 @@ class FastEngine(Engine):
             self._lead = min(r.longest_key for r in self._running if r.decoding)
         return self._step - self._lead + 1
 
-    def _next_due(self) -> int:
-        """The step at whose end the next decoder finishes."""
-        heap, due = self._due_heap, self._due
-        while not due.get(heap[0]):
-            due.pop(heappop(heap), None)
-        return heap[0]
-
     # ------------------------------------------------------------------ a step begins
 
     def _begin(self) -> None:
@@ -382,7 +377,7 @@ class FastEngine(Engine):
         prefills: list[tuple[int, int]] = []
         if self._queue and left > 0:
             left = self._admit(left, self._threshold() if self._limited else 0, prefills)
-        self._launch(prefills, left, preempted=False)
+        self._launch(prefills, left)
 
     def _begin_crowded(self, need: int) -> None:
         """As ``_begin``, with prompts in progress or too few blocks."""
@@ -414,7 +409,7 @@ class FastEngine(Engine):
             left, preempted = self._schedule_running(threshold, prefills)
         if not preempted and self._queue and left > 0:
             left = self._admit(left, threshold, prefills)
-        self._launch(prefills, left, preempted=preempted)
+        self._launch(prefills, left, preempted)
 
     def _compute(self, request: Request, tokens: int, prefills: list[tuple[int, int]]) -> None:
         """Put ``tokens`` more of a prompt into the step."""
@@ -574,7 +569,7 @@ class FastEngine(Engine):
 
     # ------------------------------------------------------------------ launch
 
-    def _launch(self, prefills: list[tuple[int, int]], left: int, *, preempted: bool) -> None:
+    def _launch(self, prefills: list[tuple[int, int]], left: int, preempted: bool = False) -> None:
         """Arm the timer for the step that was scheduled and those that must follow alike."""
         decodes = self._decodes
         self._start_ps = now = self.env._now
@@ -608,7 +603,11 @@ class FastEngine(Engine):
             if preempted or self._fragile:
                 count = 1
             else:
-                count = min(count, self._next_due() - self._step)
+                heap, due = self._due_heap, self._due
+                while not due.get(heap[0]):  # a bucket that a preemption emptied
+                    due.pop(heappop(heap), None)
+                if heap[0] - self._step < count:
+                    count = heap[0] - self._step
                 if (count // self.block_tokens + 1) * decodes > self.pool.free:
                     count = self._until_blocks_run_out(count)
                 if self._queue and count > 1 and not self._plain_admission:
@@ -673,7 +672,7 @@ class FastEngine(Engine):
         rest = partial.prompt_tokens + partial.output_tokens - partial.computed_tokens
         more = min((rest - 1) // chunk, CHUNK_RUN)
         if decodes:
-            more = min(more, self._next_due() - self._step - 1)
+            more = min(more, self._due_heap[0] - self._step - 1)
         if more < 1:
             return duration
         blocks = -(-(partial.computed_tokens + more * chunk) // tokens) - partial.blocks

@@ -30,6 +30,7 @@ from sim.clock import Clock
 from sim.latency import StepModel
 from sim.request import ENDLESS, PS_PER_S, Request
 
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
     """The scheduler options of one engine, by their vLLM names and with its defaults."""

@@ -198,8 +198,7 @@ class _Run:
             part = table.iloc[low : low + CHUNK]
             ps = (part["arrival_s"] * PS_PER_S).round().tolist()
             names, prompts, outputs, priorities = (
-                part[name].tolist()
-                for name in ("id", "prompt_tokens", "output_tokens", "priority")
+                part[name].tolist() for name in ("id", "prompt_tokens", "output_tokens", "priority")
             )
             classes = list(zip(*(part[name].tolist() for name in slo_columns), strict=True))
             for key in set(classes):

@@ -18,6 +18,8 @@ class Lru(EvictionPolicy):
     Source: vLLM ``v1/core/block_pool.py`` and its ``FreeKVCacheBlockQueue``
     """
 
+    in_order = True
+
     # An OrderedDict and not a dict: finding the first key of a dict skips over the holes that
     # evictions leave in front (0.1 against 3 us per eviction with 10,000 views).
     _order: OrderedDict[BlockView, None] = field(
