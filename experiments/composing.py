@@ -26,9 +26,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.configs import GROUPS, PACKAGED, options, register
+from policies.parameters import nearest
 from policies.registry import load_module
 
-__all__ = ["ConfigError", "compose", "explain", "override", "overrides_of", "prepared", "resolved"]
+__all__ = [
+    "ConfigError",
+    "compose",
+    "explain",
+    "override",
+    "overrides_of",
+    "prepared",
+    "resolved",
+    "trace_overrides",
+]
 
 PROFILE_SUFFIXES = (".yaml", ".yml")
 
@@ -127,6 +137,20 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 def override(key: str, value: object) -> str:
     """``key=value`` with whatever quoting Hydra's grammar needs."""
     return f"{key}={_literal(value)}"
+
+
+def trace_overrides(trace: str) -> list[str]:
+    """What chooses a trace by name or by path.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    names = [name for name in options("trace") if name != "file"]
+    if trace in names:
+        return [f"trace={trace}"]
+    if "/" not in trace and "." not in trace and not Path(trace).exists():
+        raise ConfigError(f"no file {trace!r} here, and {nearest('trace', trace, names)}")
+    return ["trace=file", override("trace.path", trace)]
 
 
 def overrides_of(path: str | Path, changes: Sequence[str] = ()) -> list[str]:

@@ -12,9 +12,9 @@ from sim.result import Result
 
 __all__ = ["ABOUT", "NAMES", "OVERRIDES", "Demo", "demo"]
 
-# 3,000 blocks (48,000 tokens, 6 of the 50 GiB of KV cache that an A100-80G has left beside the
-# weights) and twice the recorded arrivals: with all memory nothing has to be evicted in time to
-# matter, and four policies give one picture. So little is what is left when a GPU is shared.
+# 3,000 blocks (48,000 tokens, 6 of the 54 GiB of KV cache that an A100-80G has left beside the
+# weights, as on a GPU that is shared) and twice the recorded arrivals: with all of the memory the
+# two eviction policies have the same p99 to the digit, and nothing is ever preempted.
 OVERRIDES = (
     "trace=demo",
     "trace.rate_scale=2",

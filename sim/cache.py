@@ -13,9 +13,9 @@ Which block is where::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from policies.api import BlockView, EvictionPolicy, PolicyError, Slo
+from policies.api import EvictionPolicy, PolicyError, Slo
 from sim.request import PS_PER_S, Request
 
 INF = float("inf")
@@ -131,8 +131,7 @@ class BlockPool:
                 if extent is None:
                     return found, position, idle
                 blocks = extent.blocks
-                if blocks > end - position:
-                    blocks = end - position
+                blocks = min(blocks, end - position)
                 found.append((extent, blocks))
                 if not extent.refs:
                     idle += blocks
@@ -202,8 +201,7 @@ class BlockPool:
     def store(self, request: Request, upto: int) -> None:
         """Hash the request's blocks up to index ``upto``: they can be matched from now on."""
         position = request.stored
-        if upto > request.retain_blocks:
-            upto = request.retain_blocks
+        upto = min(upto, request.retain_blocks)
         if upto <= position:
             return
         if self._debt:
@@ -220,8 +218,10 @@ class BlockPool:
                 return
 
     def release(self, request: Request, blocks: int, now_s: float) -> None:
-        """The request gives up all its ``blocks``: unhashed ones become blank, the others join
-        the eviction order deepest first (rule 16)."""
+        """The request gives up all its ``blocks`` (rule 16).
+
+        Unhashed ones become blank, the others join the eviction order deepest first.
+        """
         if self._debt > self._patience:
             self.settle()
         loose = blocks - request.stored
@@ -274,6 +274,7 @@ class BlockPool:
         held = request.held
         blocks = min(room, self._longest)
         oldest = self._map.get(ident)
+        last: Extent
         if oldest is not None:  # the same content is cached already: a twin
             if oldest.blocks > blocks:
                 oldest = self._split(oldest, blocks, claimed=False)
@@ -386,7 +387,13 @@ class BlockPool:
         """Give up cached blocks in the policy's order."""
         wanted = blocks
         policy, known, log = self.policy, self._map, self.log
-        for victim in policy.victims(blocks, now_s):
+        victims = policy.victims(blocks, now_s)
+        if not isinstance(victims, Sequence):
+            raise PolicyError(
+                f"{self.policy_name}.victims({blocks}, now={now_s}) answered {victims!r}; "
+                f"a sequence of blocks was expected"
+            )
+        for victim in victims:
             if type(victim) is not Extent or victim.refs or not victim.blocks:
                 raise PolicyError(
                     f"{self.policy_name}.victims named {victim!r}, which is "
@@ -472,7 +479,8 @@ class BlockPool:
         self.settle()
         used = idle = 0
         for extent in self._extents():
-            assert extent.blocks == self._map[extent.start].blocks > 0, f"{extent!r} is misaligned"
+            oldest = self._map[extent.start]
+            assert extent.blocks == oldest.blocks > 0, f"{extent!r} is misaligned"
             if extent.refs:
                 used += extent.blocks
             else:

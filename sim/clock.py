@@ -33,14 +33,15 @@ class Timer:
 class Clock(simpy.Environment):
     """Time is in integer picoseconds; holds SimPy's events and processes, and timers."""
 
-    _now: int  # type: ignore[assignment]
+    _now: int
+    _queue: list[tuple[int, int, int, Any]]  # type: ignore[assignment]
     serial = -1
     """The number of the event being processed."""
 
     def arm(self, delay_ps: int, priority: int, timer: Timer) -> int:
         """Fire ``timer`` after ``delay_ps``; among equal times by priority, then in order."""
         serial = next(self._eid)
-        heappush(self._queue, (self._now + delay_ps, priority, serial, timer))  # type: ignore[arg-type]
+        heappush(self._queue, (self._now + delay_ps, priority, serial, timer))
         return serial
 
     def run_out(self) -> None:
@@ -55,8 +56,8 @@ class Clock(simpy.Environment):
                 event.call(event)
                 continue
             callbacks = event.callbacks
-            event.callbacks = None  # type: ignore[assignment]
+            event.callbacks = None
             for callback in callbacks:
                 callback(event)
             if not event._ok and not hasattr(event, "_defused"):
-                raise event._value  # type: ignore[misc]
+                raise event._value

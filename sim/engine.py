@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Container
-from heapq import heappop, heappush
 from functools import partial
+from heapq import heappop, heappush
 from math import isqrt
 from operator import attrgetter
 
-from policies.api import EvictionPolicy, RequestView, Tier
-from sim.cache import BlockPool
-from sim.latency import Batch
-from sim.request import ENDLESS, PS_PER_S, Request
+from policies.api import RequestView, Tier
+from sim.batch import Batching, Prefills
 from sim.clock import LATE, Timer
-from sim.scheduler import RUN, Engine, _name
+from sim.latency import Batch
+from sim.request import ENDLESS, Request
+from sim.scheduler import RUN
 
 CHUNK_RUN = 256
 """Most prompt chunks in one event; only bounds how much is thrown away when it is cut."""
@@ -32,50 +32,33 @@ _seat = attrgetter("seat")
 _pack = RUN.pack
 
 
-class FastEngine(Engine):
+class FastEngine(Batching):
     """One instance; see the module for the idea and the attributes below for the state."""
 
     __slots__ = (
-        "_batched", "_chunk", "_completing", "_context", "_count", "_decodes", "_due",
-        "_due_heap", "_ends", "_first_ps", "_fragile", "_lead", "_open_ps", "_opening", "_limited", 
-        "_on_end", "_on_wake", "_phase", "_prefill_tokens", "_prefilling", "_priority",
-        "_published", "_ran", "_running", "_skewed", "_slope_ps", "_stalled", "_start_ps",
-        "_step", "_armed", "_wake_ps", "eviction", "pool",
-    )  # fmt: skip
+        "_armed",
+        "_batched",
+        "_chunk",
+        "_ends",
+        "_first_ps",
+        "_limited",
+        "_on_end",
+        "_on_wake",
+        "_open_ps",
+        "_opening",
+        "_prefill_tokens",
+        "_priority",
+        "_published",
+        "_ran",
+        "_skewed",
+        "_slope_ps",
+        "_start_ps",
+        "_wake_ps",
+    )
 
-    def __init__(self, *args: object, eviction: EvictionPolicy, **options: object) -> None:
+    def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
-        tokens = self.block_tokens
-        self.eviction = eviction
-        self.pool = BlockPool(
-            self.total,
-            tokens,
-            eviction,
-            policy_name=_name(eviction),
-            prefill_s=self.prefill_s,
-            clock=lambda: self.env.now / PS_PER_S,
-        )
         self._limited = self.limits.long_prefill_token_threshold > 0
-        self._running: dict[Request, None] = {}
-        """In order of admission."""
-        self._prefilling: dict[Request, None] = {}
-        """Those of them whose prompt is not complete."""
-        self._completing: list[Request] = []
-        """Prompts that the step in progress completes, in order."""
-        self._stalled: list[Request] = []
-        """Decoders that the step in progress leaves out (only after a preemption by order)."""
-        self._fragile = False
-        """The head of the queue may become admissible without a change."""
-        self._step = 0
-        self._decodes = 0
-        self._context = 0
-        """Sum of the KV tokens of all decoders at ``_step``."""
-        self._phase = [0] * tokens
-        """Decoders by (KV tokens - step) mod block size: who needs a block in which step."""
-        self._due: dict[int, list[Request]] = {}
-        self._due_heap: list[int] = []
-        self._lead: int | None = None
-        """Step - KV tokens of the longest decoder, which never changes; ``None``: not known."""
         # The flight: what the pending event stands for.
         self._priority = LATE + self.id
         self._on_end = Timer(self._end)
@@ -86,8 +69,6 @@ class FastEngine(Engine):
         """Number of the event that counts."""
         self._wake_ps = -1
         self._start_ps = 0
-        self._count = 0
-        """Steps in the flight; 0 while the engine is asleep."""
         self._first_ps = 0
         self._slope_ps = 0
         self._opening = False
@@ -102,10 +83,6 @@ class FastEngine(Engine):
         """Decoders in the flight's steps."""
 
     # ------------------------------------------------------------------ views
-
-    @property
-    def running(self) -> int:
-        return len(self._running)
 
     def free_blocks(self, tier: Tier = Tier.HBM) -> int:
         self.sync()
@@ -176,7 +153,7 @@ class FastEngine(Engine):
         self.events += 1
         env = self.env  # as Clock.arm, without the call
         self._armed = serial = next(env._eid)
-        heappush(env._queue, (env._now + delay_ps, self._priority, serial, timer))  # type: ignore[arg-type]
+        heappush(env._queue, (env._now + delay_ps, self._priority, serial, timer))
 
     def _wake(self, timer: Timer) -> None:
         if self.env.serial == self._armed:
@@ -248,6 +225,7 @@ class FastEngine(Engine):
             need += sum(self._phase[low : low + rest])
             if low + rest > tokens:
                 need += sum(self._phase[: low + rest - tokens])
+        partial: Request | None = None
         if self._ends is not None:
             partial = next(iter(self._prefilling))
             partial.computed_tokens += steps * self._chunk
@@ -256,7 +234,7 @@ class FastEngine(Engine):
             partial.blocks = blocks
         if need:
             self.pool.take(need)
-        if self._ends is not None and self._caching:
+        if partial is not None and self._caching:
             self._store_chain(partial)
         self._step += steps
         self._context += steps * self._decodes
@@ -312,51 +290,6 @@ class FastEngine(Engine):
             self._prefill_tokens = self._chunk
             before = end
 
-    # ------------------------------------------------------------------ decoders
-
-    def _kv(self, request: Request) -> int:
-        """KV tokens of a decoder at ``_step``: its last generated token has none."""
-        return request.prompt_tokens + request._true_output_tokens - 1 - (request.due - self._step)
-
-    def _join(self, request: Request) -> None:
-        """The request decodes from ``_step`` on."""
-        step = self._step
-        kv = request.computed_tokens
-        request.decoding = True
-        request.phase = (kv - step) % self.block_tokens
-        self._phase[request.phase] += 1
-        self._decodes += 1
-        self._context += kv
-        due = step + request._true_output_tokens - request.output_tokens
-        request.due = due
-        bucket = self._due.get(due)
-        if bucket is None:
-            self._due[due] = [request]
-            heappush(self._due_heap, due)
-        else:
-            bucket.append(request)
-        request.longest_key = key = step - kv
-        if self._decodes == 1 or (self._lead is not None and key < self._lead):
-            self._lead = key
-
-    def _leave(self, request: Request) -> None:
-        """The request no longer decodes; brings its counters up to date."""
-        kv = self._kv(request)
-        request.computed_tokens = kv
-        request.output_tokens = kv + 1 - request.prompt_tokens
-        request.decoding = False
-        self._phase[request.phase] -= 1
-        self._decodes -= 1
-        self._context -= kv
-        if request.longest_key == self._lead:
-            self._lead = None
-
-    def _longest_decode(self) -> int:
-        """KV tokens of the longest decoder, the one computed now included."""
-        if self._lead is None:  # it left: look for the next
-            self._lead = min(r.longest_key for r in self._running if r.decoding)
-        return self._step - self._lead + 1
-
     # ------------------------------------------------------------------ a step begins
 
     def _begin(self) -> None:
@@ -374,7 +307,7 @@ class FastEngine(Engine):
         if need:
             pool.take(need)
         left = self._budget - decodes
-        prefills: list[tuple[int, int]] = []
+        prefills: Prefills = []
         if self._queue and left > 0:
             left = self._admit(left, self._threshold() if self._limited else 0, prefills)
         self._launch(prefills, left)
@@ -383,7 +316,7 @@ class FastEngine(Engine):
         """As ``_begin``, with prompts in progress or too few blocks."""
         self._stalled = []
         self._fragile = False
-        prefills: list[tuple[int, int]] = []
+        prefills: Prefills = []
         threshold = self._threshold() if self._limited else 0
         left = self._budget - self._decodes
         plain = need <= self.pool.free
@@ -411,165 +344,9 @@ class FastEngine(Engine):
             left = self._admit(left, threshold, prefills)
         self._launch(prefills, left, preempted)
 
-    def _compute(self, request: Request, tokens: int, prefills: list[tuple[int, int]]) -> None:
-        """Put ``tokens`` more of a prompt into the step."""
-        prefills.append((tokens, request.computed_tokens))
-        request.computed_tokens += tokens
-        if request.stored < request.chain_blocks and self._caching:
-            self._store_chain(request)
-        if request.computed_tokens == request.prompt_tokens + request.output_tokens:
-            if self._prefilling:
-                self._prefilling.pop(request, None)
-            self._completing.append(request)
-        else:
-            self._prefilling[request] = None
-
-    def _store_chain(self, request: Request) -> None:
-        """Hash what is computed. A request's own blocks can wait until it lets go of them:
-        nobody else can match them."""
-        blocks = request.computed_tokens // self.block_tokens
-        self.pool.store(request, min(blocks, request.chain_blocks))
-
-    def _admit(self, left: int, threshold: int, prefills: list[tuple[int, int]]) -> int:
-        """Admit from the head of the queue while the budget lasts (rules 9, 10, 12-15)."""
-        limits, pool, tokens = self.limits, self.pool, self.block_tokens
-        now = self.env._now
-        now_s = now / PS_PER_S
-        running = self._running
-        while left > 0 and len(running) < self._most:
-            request = self._head(now)
-            if request is None:
-                break
-            total = request.prompt_tokens + request.output_tokens
-            hit = idle = 0
-            found = []
-            if self._caching and (request.chain_blocks or request.preemptions):
-                found, hit, idle = pool.match(request, (total - 1) // tokens)
-                if hit and not self._plain_use:
-                    hit = self._used_blocks(request, hit, now)
-                    found, idle = pool.truncate(found, hit)
-            chunk = total - hit * tokens
-            if 0 < threshold < chunk:
-                chunk = threshold
-            if chunk > left:
-                if not limits.enable_chunked_prefill:
-                    break
-                chunk = left
-            free = pool.free - idle - (self._watermark if running else 0)
-            need = -(-(hit * tokens + chunk) // tokens) - hit
-            if need > free or (
-                limits.scheduler_reserve_full_isl and -(-total // tokens) - hit > free
-            ):
-                # Inside a run free blocks only get fewer, so a blocked head stays blocked; only
-                # without the reservation may losing some of its cached prefix make it fit.
-                self._fragile = idle > 0 and not limits.scheduler_reserve_full_isl
-                break
-            heappop(self._queue)
-            self._seats += 1
-            request.seat = self._seats
-            running[request] = None
-            if request.admitted_ps < 0:
-                request.admitted_ps = now
-                request.cached_tokens = hit * tokens
-                if not self._plain_retain:
-                    request.retain_blocks = self._retained_blocks(request, now)
-            if found:
-                pool.acquire(request, found, now_s)
-            pool.take(need)
-            request.blocks = hit + need
-            request.computed_tokens = hit * tokens
-            left -= chunk
-            self._compute(request, chunk, prefills)
-        return left
-
-    def _schedule_running(
-        self, threshold: int, prefills: list[tuple[int, int]]
-    ) -> tuple[int, bool]:
-        """Rules 6-8 request by request: for steps in which blocks run out or prompts are cut
-        short by the threshold. Returns the budget left and whether anybody was preempted."""
-        tokens, pool = self.block_tokens, self.pool
-        left = self._budget
-        order = list(self._running)
-        planned: dict[Request, int] = {}
-        preempted = False
-        i = 0
-        while i < len(order) and left > 0:
-            request = order[i]
-            if request.decoding:
-                kv = self._kv(request)
-                chunk, need = 1, int(kv % tokens == 0)
-            else:
-                kv = request.computed_tokens
-                chunk = request.prompt_tokens + request.output_tokens - kv
-                if 0 < threshold < chunk:
-                    chunk = threshold
-                chunk = min(chunk, left)
-                need = -(-(kv + chunk) // tokens) - request.blocks
-            while need > pool.free:
-                preempted = True
-                if self.admission.preempts == "order":
-                    victim = max(order, key=lambda r: (r.order, r.rank))
-                else:
-                    victim = order[-1]
-                place = order.index(victim) if victim is not order[-1] else len(order) - 1
-                del order[place]
-                i -= place < i
-                left += planned.get(victim, 0)
-                self._preempt(victim, planned.pop(victim, 0), prefills)
-                if victim is request:
-                    break
-            else:
-                if need:
-                    pool.take(need)
-                left -= chunk
-                planned[request] = chunk
-                if not request.decoding:
-                    request.blocks += need
-                    self._compute(request, chunk, prefills)
-                i += 1
-                continue
-            break
-        for request in order:
-            if request.decoding and request not in planned:
-                self._leave(request)
-                request.blocks = -(-request.computed_tokens // tokens)
-                self._drop_due(request)
-                self._stalled.append(request)
-        return left, preempted
-
-    def _drop_due(self, request: Request) -> None:
-        self._due[request.due].remove(request)
-
-    def _preempt(self, victim: Request, planned: int, prefills: list[tuple[int, int]]) -> None:
-        """Take everything from a running request and put it back into the queue (rule 8)."""
-        tokens = self.block_tokens
-        if victim.decoding:
-            self._leave(victim)
-            self._drop_due(victim)
-            kv = victim.computed_tokens + planned
-            victim.blocks = -(-kv // tokens)
-        else:
-            kv = victim.computed_tokens
-            if planned:
-                prefills.remove((planned, victim.computed_tokens - planned))
-                if victim in self._completing:
-                    self._completing.remove(victim)
-            self._prefilling.pop(victim, None)
-        now = self.env._now
-        if self._caching:
-            self.pool.store(victim, kv // tokens)
-        self.pool.release(victim, victim.blocks, now / PS_PER_S)
-        victim.blocks = 0
-        victim.computed_tokens = 0
-        victim.preemptions += 1
-        self.preempted += 1
-        self.changes += 1
-        del self._running[victim]
-        self._enqueue(victim, now)
-
     # ------------------------------------------------------------------ launch
 
-    def _launch(self, prefills: list[tuple[int, int]], left: int, preempted: bool = False) -> None:
+    def _launch(self, prefills: Prefills, left: int, preempted: bool = False) -> None:
         """Arm the timer for the step that was scheduled and those that must follow alike."""
         decodes = self._decodes
         self._start_ps = now = self.env._now
@@ -606,8 +383,7 @@ class FastEngine(Engine):
                 heap, due = self._due_heap, self._due
                 while not due.get(heap[0]):  # a bucket that a preemption emptied
                     due.pop(heappop(heap), None)
-                if heap[0] - self._step < count:
-                    count = heap[0] - self._step
+                count = min(count, heap[0] - self._step)
                 if (count // self.block_tokens + 1) * decodes > self.pool.free:
                     count = self._until_blocks_run_out(count)
                 if self._queue and count > 1 and not self._plain_admission:
@@ -696,8 +472,10 @@ class FastEngine(Engine):
         return end
 
     def _extend_decodes(self, duration: int) -> int:
-        """Fly on from a step that completes prompts to the decode run behind it, where nobody
-        waits and nobody finishes with that step. Returns as ``_extend_chunks``."""
+        """Fly on from a step that completes prompts to the decode run behind it.
+
+        Only where nobody waits and nobody finishes with that step. Returns as ``_extend_chunks``.
+        """
         step = self._step + 1
         heap = self._due_heap
         if heap:
@@ -773,25 +551,6 @@ class FastEngine(Engine):
                 self._finish(request, now)
         self._begin()
 
-    def _finish(self, request: Request, now: int) -> None:
-        full = request.computed_tokens // self.block_tokens if self._caching else 0
-        self.pool.retire(request, full, request.blocks, now / PS_PER_S)
-        del self._running[request]
-        self._left(request)
-        self.sink.finished(request, self.id, now)
-
-    # ------------------------------------------------------------------ checking
-
     def audit(self) -> None:
         self.sync()
-        tokens = self.block_tokens
-        loose = 0
-        for request in self._running:
-            if request.decoding:
-                kv = self._kv(request) + (self._count > 0)
-                loose += -(-kv // tokens) - request.stored
-            else:
-                loose += request.blocks - request.stored
-        self.pool.audit(loose)
-        assert self._decodes == sum(request.decoding for request in self._running)
-        assert sum(self._phase) == self._decodes
+        super().audit()

@@ -24,7 +24,7 @@ class TraceOracle:
         count = len(trace)
         if chains is None:
             self._offset = np.zeros(count + 1, dtype=np.int64)
-            self._next_s = np.empty(0)
+            self._next_s: NDArray[np.float64] = np.empty(0)
             return
         lengths = chains.count
         first = np.repeat(chains.start - np.cumsum(lengths) + lengths, lengths)
@@ -34,7 +34,7 @@ class TraceOracle:
         arrival_s = np.repeat(trace.requests["arrival_s"].to_numpy(), sizes)
         order = np.argsort(ids, kind="stable")
         same = ids[order][1:] == ids[order][:-1]
-        self._next_s: NDArray[np.float64] = np.full(len(ids), np.inf)
+        self._next_s = np.full(len(ids), np.inf)
         self._next_s[order[:-1][same]] = arrival_s[order[1:][same]]
 
     def of(self, row: int) -> NDArray[np.float64]:

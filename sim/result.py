@@ -16,8 +16,6 @@ import yaml
 
 from sim.metrics import summarise
 
-REQUEST_STATES = ("finished", "rejected")
-
 
 class ResultError(ValueError):
     """A result that cannot be, or a run folder that cannot be read."""
@@ -58,10 +56,9 @@ class Result:
             & (done["first_token_s"] <= done["finish_s"])
         )
         if not bool(ordered.all()):
-            row = done.index[~ordered][0]
+            name = str(done["id"][~ordered].iloc[0])
             raise ResultError(
-                f"request {done.at[row, 'id']}: arrival, admission, first token and finish are "
-                f"not in order"
+                f"request {name}: arrival, admission, first token and finish are not in order"
             )
 
     def summary(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Rule numbers are those of vLLM's scheduler as listed in ``docs/engine.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf, isnan
@@ -93,12 +93,40 @@ class Engine:
     # Slots, because CPython shares the keys of an instance's dict for 30 attributes at most, and
     # every access to an object with more is slower (the whole engine by 1.7 times).
     __slots__ = (
-        "_answer", "_arrivals", "_asked", "_asked_change", "_asked_step", "_budget", "_caching",
-        "_most", "_plain_admission", "_plain_order", "_plain_retain", "_plain_use", "_queue",
-        "_seats", "_watermark", "admission", "block_tokens", "changed", "changes", "chip", "env",
-        "events", "id", "inflight_tokens", "limits", "max_model_len", "model", "preempted",
-        "reuse", "sink", "steps", "steps_done", "total",
-    )  # fmt: skip
+        "_answer",
+        "_arrivals",
+        "_asked",
+        "_asked_change",
+        "_asked_step",
+        "_budget",
+        "_caching",
+        "_most",
+        "_plain_admission",
+        "_plain_order",
+        "_plain_retain",
+        "_plain_use",
+        "_queue",
+        "_seats",
+        "_watermark",
+        "admission",
+        "block_tokens",
+        "changed",
+        "changes",
+        "chip",
+        "env",
+        "events",
+        "id",
+        "inflight_tokens",
+        "limits",
+        "max_model_len",
+        "model",
+        "preempted",
+        "reuse",
+        "sink",
+        "steps",
+        "steps_done",
+        "total",
+    )
 
     role = "both"
     signal_age_s = 0.0
@@ -205,8 +233,7 @@ class Engine:
             )
             self.sink.rejected(request, self.id, now_ps, reason)
             return False
-        if request._true_output_tokens > room:
-            request._true_output_tokens = room
+        request._true_output_tokens = min(request._true_output_tokens, room)
         self._arrivals += 1
         request.rank = self._arrivals
         self.inflight_tokens += request.prompt_tokens
@@ -306,11 +333,11 @@ class Engine:
         kept = self.reuse.retain(request, self, now_ps / PS_PER_S)
         if kept is None:
             return ENDLESS
-        tokens = kept.get(Tier.HBM, 0)
+        tokens = kept.get(Tier.HBM, 0) if isinstance(kept, Mapping) else kept
         if not isinstance(tokens, int) or tokens < 0:
             raise PolicyError(
-                f"{_name(self.reuse)}.retain({request.id}) answered {tokens!r} tokens for HBM; "
-                f"a whole number of 0 or more was expected"
+                f"{_name(self.reuse)}.retain({request.id}) answered {kept!r}; "
+                f"None or a whole number of tokens, 0 or more, per tier was expected"
             )
         return tokens // self.block_tokens
 

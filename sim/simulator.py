@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from policies.api import PolicyError, PolicySet, Slo
 from sim.backend import Deployment
@@ -182,6 +183,7 @@ class _Run:
         order = np.lexsort((table["turn"].to_numpy()[rows], codes))
         rows, codes = rows[order], codes[order]
         same = codes[1:] == codes[:-1]
+        self.think_s: list[float] = table["think_s"].tolist()
         self.previous[rows[1:][same]] = rows[:-1][same]
         self.following[rows[:-1][same]] = rows[1:][same]
 
@@ -193,6 +195,8 @@ class _Run:
         slos: dict[Any, Slo] = {("", inf, inf, inf): NO_SLO}
         chains, oracle = self.chains, self.oracle
         chain: list[tuple[int, int]] = []
+        offsets: list[int] = []
+        runs: list[tuple[int, int]] = []
         model = self.simulator.deployment.model.name
         for low in range(0, self.count, CHUNK):
             part = table.iloc[low : low + CHUNK]
@@ -276,7 +280,7 @@ class _Run:
 
     def _release(self, request: Request, ended_ps: int) -> None:
         """The predecessor is done: the turn comes after the think time, if not later anyway."""
-        think_ps = round(float(self.trace.requests["think_s"].iat[request.index]) * PS_PER_S)
+        think_ps = round(self.think_s[request.index] * PS_PER_S)
         now = self.env._now
         # The client sees the answer one tick (1 ps) after it is complete.
         when = max(request.arrival_ps, ended_ps + think_ps, ended_ps + 1)
@@ -329,10 +333,10 @@ class _Run:
         trace, deployment = self.trace, self.simulator.deployment
         table = trace.requests
         ended = self.ended.table().set_index("row").reindex(range(self.count))
-        rejected = np.zeros(self.count, dtype=np.int8)
+        rejected = np.zeros(self.count, dtype=np.int64)
         rejected[list(self.reasons)] = 1
         kinds = sorted(set(self.reasons.values()))
-        reasons = np.zeros(self.count, dtype=np.int32)
+        reasons = np.zeros(self.count, dtype=np.int64)
         reasons[list(self.reasons)] = [kinds.index(why) + 1 for why in self.reasons.values()]
         requests = pd.DataFrame(
             {
@@ -347,8 +351,8 @@ class _Run:
                 "cached_tokens": ended["cached_tokens"],
                 "preemptions": ended["preemptions"],
                 "engine": ended["engine"],
-                "state": pd.Categorical.from_codes(rejected, ["finished", "rejected"]),
-                "reason": pd.Categorical.from_codes(reasons, ["", *kinds]),
+                "state": _labels(rejected, ["finished", "rejected"]),
+                "reason": _labels(reasons, ["", *kinds]),
                 "session": table["session"],
                 "turn": table["turn"],
                 "tenant": table["tenant"],
@@ -417,6 +421,10 @@ class _Columns:
                 for i, (name, kind) in enumerate(self._columns)
             }
         )
+
+
+def _labels(codes: NDArray[np.int64], labels: list[str]) -> pd.Series:
+    return pd.Series(pd.Categorical.from_codes(codes, pd.Index(labels)))
 
 
 def _ignore(packed: bytes) -> None:

@@ -6,13 +6,13 @@ Rule numbers are those listed in ``docs/engine.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from heapq import heappop
 
 from policies.api import EvictionPolicy, PolicyError, RequestView, Slo, Tier
+from sim.clock import LATE, Timer
 from sim.latency import Batch
 from sim.request import PS_PER_S, Request
-from sim.clock import LATE, Timer
 from sim.scheduler import RUN, Engine, _name
 
 
@@ -20,8 +20,16 @@ class Block:
     """One KV block with a hash; a ``BlockView``."""
 
     __slots__ = (
-        "_engine", "depth", "hash", "hits", "next_use_s", "refs", "slo", "stored_s", "used_s",
-    )  # fmt: skip
+        "_engine",
+        "depth",
+        "hash",
+        "hits",
+        "next_use_s",
+        "refs",
+        "slo",
+        "stored_s",
+        "used_s",
+    )
     blocks = 1
 
     def __init__(self, engine: StepEngine, ident: int, depth: int, request: Request) -> None:
@@ -57,9 +65,17 @@ class StepEngine(Engine):
     """One instance, step by step."""
 
     __slots__ = (
-        "_blank", "_held", "_idle", "_known", "_planned", "_running", "_stepping", "_armed",
-        "evicted", "eviction",
-    )  # fmt: skip
+        "_armed",
+        "_blank",
+        "_held",
+        "_idle",
+        "_known",
+        "_planned",
+        "_running",
+        "_stepping",
+        "evicted",
+        "eviction",
+    )
 
     def __init__(self, *args: object, eviction: EvictionPolicy, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -180,7 +196,8 @@ class StepEngine(Engine):
         limits = self.limits
         left = limits.max_num_batched_tokens
         threshold = self._threshold()
-        self._planned = planned = {}
+        planned: dict[Request, int] = {}
+        self._planned = planned
         preempted = False
         i = 0
         while i < len(self._running) and left > 0:
@@ -264,9 +281,9 @@ class StepEngine(Engine):
         if admission and self._running:
             free -= self._watermark
         total = request.prompt_tokens + request.output_tokens
-        if admission and self.limits.scheduler_reserve_full_isl:
-            if -(-total // size) - len(hits) > free:
-                return False
+        reserve = admission and self.limits.scheduler_reserve_full_isl
+        if reserve and -(-total // size) - len(hits) > free:
+            return False
         computed = len(hits) * size if admission else request.computed_tokens
         need = max(-(-(computed + tokens) // size) - len(held) - len(hits), 0)
         if need > free:
@@ -305,10 +322,12 @@ class StepEngine(Engine):
             if self._blank:
                 self._blank -= 1
                 continue
-            block = next(iter(self.eviction.victims(1, now_s)), None)
+            victims = self.eviction.victims(1, now_s)
+            block = victims[0] if isinstance(victims, Sequence) and victims else None
             if block not in self._idle:
                 raise PolicyError(
-                    f"{_name(self.eviction)}.victims named {block!r}, which cannot be evicted"
+                    f"{_name(self.eviction)}.victims(1, now={now_s}) answered {victims!r}; "
+                    f"a sequence of blocks that nobody uses was expected"
                 )
             assert isinstance(block, Block)
             self._idle.remove(block)

@@ -168,7 +168,7 @@ def test_fifo_leaves_holes_in_chains() -> None:
     bench.pool.blank += 1
     bench.serve((10, 3), at=2.0)  # fills the hole with block 11 and twins block 12
     assert bench.pool.cached()[11] == 1
-    assert bench.cached((10, 3)) == 3
+    assert bench.cached((10, 4)) == 4
 
 
 def test_a_request_that_keeps_only_its_beginning_leaves_no_more_in_the_cache() -> None:
