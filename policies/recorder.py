@@ -63,6 +63,10 @@ class Recorder:
     def single_blocks(self) -> bool:
         return self.policy.single_blocks  # type: ignore[no-any-return]
 
+    @property
+    def in_order(self) -> bool:
+        return self.policy.in_order  # type: ignore[no-any-return]
+
     # ------------------------------------------------------------------ admission
 
     def order(self, request: RequestView, now: float) -> float:

@@ -374,4 +374,5 @@ class Engine:
 
 def _name(policy: object) -> str:
     """What to call a policy in a message: its registered name, else its class."""
-    return str(getattr(type(policy), "policy_name", type(policy).__qualname__))
+    kind = policy.__class__  # not type(): a recorder stands in for the policy it wraps
+    return str(getattr(kind, "policy_name", kind.__qualname__))

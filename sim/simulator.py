@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import zlib
 from collections.abc import Callable, Iterator
 from math import inf, nan
@@ -15,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from policies.api import PolicyError, PolicySet, Slo
+from policies.recorder import Decision, recorded
 from sim.backend import Deployment
 from sim.clock import ARRIVAL, Clock, Timer
 from sim.cluster import AnyEngine, Cluster
@@ -43,6 +45,7 @@ class Simulator:
         mode: ``fast`` simulates changes, ``stepwise`` every engine step, with equal results.
         step_model: what a step costs; ``None`` takes the deployment's.
         record_runs: keep the table of step runs (timelines and inter-token latencies).
+        record_decisions: keep a table of every call of a policy and its answer (slow).
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Simulator:
         mode: Literal["fast", "stepwise"] = "fast",
         step_model: StepModel | None = None,
         record_runs: bool = True,
+        record_decisions: bool = False,
     ) -> None:
         if mode not in ("fast", "stepwise"):
             raise ValueError(f"mode={mode!r}: must be 'fast' or 'stepwise'")
@@ -63,6 +67,7 @@ class Simulator:
         self.mode = mode
         self.step_model = step_model
         self.record_runs = record_runs
+        self.record_decisions = record_decisions
 
     def serve(
         self,
@@ -104,6 +109,14 @@ class _Run:
         self.trace = trace
         self.seed = seed
         self.progress = progress
+        self.decisions: list[Decision] = []
+        if simulator.record_decisions:
+            policies = PolicySet(
+                admission=recorded(policies.admission, self.decisions),
+                eviction=recorded(policies.eviction, self.decisions),
+                reuse=recorded(policies.reuse, self.decisions),
+                pd=recorded(policies.pd, self.decisions),
+            )
         self.policies = policies
         deployment = simulator.deployment
         self.blocks = deployment.kv_blocks()
@@ -394,7 +407,7 @@ class _Run:
                 "eviction": _name(self.engines[0].eviction),
                 "reuse": _name(self.engines[0].reuse),
                 "pd": _name(self.pd),
-                "routing": _name(getattr(self.pd, "router", self.pd)),
+                "routing": _name(getattr(getattr(self.pd, "policy", self.pd), "router", self.pd)),
             },
             "calibrated": chip.calibrated,
             "calibration": chip.calibration,
@@ -402,7 +415,23 @@ class _Run:
             "price_usd_per_s": None if price is None else price * chips / 3600,
             "simpy_events": self.events + sum(engine.events for engine in self.engines),
         }
-        return Result(requests=requests, runs=self.log.table(), engines=engines, meta=meta)
+        decisions = pd.DataFrame(
+            {
+                "now_s": [now for now, *_ in self.decisions],
+                "call": [call for _, call, *_ in self.decisions],
+                "arguments": [json.dumps(arguments) for _, _, arguments, _ in self.decisions],
+                "answer": [json.dumps(answer) for *_, answer in self.decisions],
+            }
+            if self.decisions
+            else {}
+        )
+        return Result(
+            decisions=decisions,
+            requests=requests,
+            runs=self.log.table(),
+            engines=engines,
+            meta=meta,
+        )
 
 
 class _Columns:

@@ -82,6 +82,13 @@ class _Stage:
             raise subject.broke(
                 "victims", args, f"named {len(order)} of {len(self.idle)} views that can be evicted"
             )
+        if subject.policy.in_order and order != list(self.idle.values()):
+            raise subject.broke(
+                "victims",
+                (total, self.now),
+                f"named {ids(order)}, but in_order promises the order of add: "
+                f"{ids(list(self.idle.values()))}",
+            )
         self.answers.append(ids(order))
         for ask in range(self.asks):
             later = self.now + (0.0, 1.0, 20.0, 5000.0)[(len(self.answers) + ask) % 4]

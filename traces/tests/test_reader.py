@@ -73,11 +73,11 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "t.jsonl is empty"),
-        (gzip.compress(b""), "t.jsonl is empty"),
+        (gzip.compress(b"", mtime=0), "t.jsonl is empty"),
         (b"\n  \n", "t.jsonl holds only blank lines"),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "t.jsonl:1: not text: byte 0x89 is not UTF-8"),
         (b"ab\0cd", "t.jsonl:1: not text: it holds zero bytes"),
-        (gzip.compress(ROW.encode())[:-9], "t.jsonl is a broken gzip file"),
+        (gzip.compress(ROW.encode(), mtime=0)[:-9], "t.jsonl is a broken gzip file"),
         (b"\x1f\x8bnot gzip at all", "t.jsonl is a broken gzip file"),
         (b"a,b,c\n1,2,3\n", "no known format: its first line has 'a,b,c'.* azure .* mooncake"),
         (
