@@ -187,9 +187,9 @@ def main(
     """Measure requests per CPU-second, events per request and memory, case by case."""
     limit = 3_000 if quick and limit is None else limit
     known = cases()
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
     if case is not None and case not in known:
-        errors.print(f"error: no case {case!r}; known are {', '.join(known)}")
+        errors.print(f"error: no case {case!r}; known are {', '.join(known)}", markup=False)
         raise typer.Exit(2)
     scores: list[Score] = []
     for name in [case] if case is not None else list(known):

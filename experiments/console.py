@@ -30,12 +30,14 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 
 def stdout() -> Console:
     """For results."""
-    return Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
+    return Console(
+        width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False, emoji=False
+    )
 
 
 def stderr() -> Console:
     """For everything else."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def note(text: str) -> None:

@@ -158,16 +158,16 @@ def test_both_users_of_a_shared_prefix_must_release_it() -> None:
 
 def test_fifo_leaves_holes_in_chains() -> None:
     # The beginning of the chain is older than its end, so it goes first and hides the rest.
-    bench = Bench(4, Fifo())
+    bench = Bench(5, Fifo())
     bench.serve((10, 2), at=0.0)
     bench.serve((10, 4), at=1.0)
-    assert bench.evict(1) == [11]
+    assert bench.evict(2) == [11]
     assert bench.cached((10, 4)) == 1
-    bench.loose -= 1
-    bench.pool.free += 1
-    bench.pool.blank += 1
-    bench.serve((10, 3), at=2.0)  # fills the hole with block 11 and twins block 12
-    assert bench.pool.cached()[11] == 1
+    bench.loose -= 2  # as if those that took the blocks had given them back
+    bench.pool.free += 2
+    bench.pool.blank += 2
+    bench.serve((10, 3), at=2.0)  # fills the hole with block 11 and computes 12 again
+    assert bench.pool.cached() == {10: 1, 11: 1, 12: 2, 13: 1}
     assert bench.cached((10, 4)) == 4
 
 
