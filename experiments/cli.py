@@ -144,6 +144,7 @@ def replay(
     from experiments.composing import compose, override, overrides_of, trace_overrides
     from experiments.console import bar, note, say_all, stderr, stdout, warn
     from experiments.runs import resolved, simulate
+    from sim.result import check_target
 
     changes: list[str] = []
     if policy_module:
@@ -181,9 +182,11 @@ def replay(
     changes += more
     made = compose(changes if config is None else overrides_of(config, changes))
     plain = resolved(made)
+    target = out or made.out
+    if target is not None:
+        check_target(Path(target))
     with bar(show=not no_progress) as update:
         result = simulate(made, progress=lambda done, total: update("replay", done, total))
-    target = out or made.out
     folder = None if target is None else result.save(target, config=plain)
     say_all(warn, report.warnings(result))
     say_all(note, report.notes(result))

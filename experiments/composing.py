@@ -85,7 +85,8 @@ def prepared(overrides: Sequence[str]) -> list[str]:
     """
     ready: list[str] = []
     for text, parsed in zip(overrides, _parsed(overrides), strict=True):
-        key, value = parsed.key_or_group, parsed._value
+        key = parsed.key_or_group
+        value = None if parsed.is_sweep_override() else parsed.value()
         if not key.startswith("hydra"):
             _refuse_odd(text, parsed)
         if key == "policy_modules":

@@ -65,6 +65,7 @@ class Run:
     data: str = ""
     policy_modules: list[str] = field(default_factory=list)
     record_runs: bool = True
+    record_decisions: bool = False
     out: str | None = None
 
 

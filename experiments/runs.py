@@ -22,7 +22,7 @@ from policies.registry import UnknownPolicy, load_module, lookup, policy_set
 from sim.backend import Deployment
 from sim.hardware import load_chip
 from sim.model import load_model
-from sim.result import Result
+from sim.result import Result, check_target
 from sim.scheduler import EngineLimits
 from sim.simulator import Simulator
 from traces import Trace, TraceError, generate, read
@@ -48,6 +48,7 @@ def simulate(config: DictConfig, *, progress: Progress | None = None) -> Result:
 
 def run(config: DictConfig, out: str | Path, *, progress: Progress | None = None) -> Path:
     """``simulate``, saved as a run folder with the resolved configuration; errors as there."""
+    check_target(Path(out))
     values = resolved(config)
     return _simulate(values, progress).save(out, config=values)
 
@@ -76,6 +77,7 @@ def _simulate(values: Mapping[str, Any], progress: Progress | None) -> Result:
         signal_age_s=values["signal_age_s"],
         mode=values["mode"],
         record_runs=values["record_runs"],
+        record_decisions=values["record_decisions"],
     )
     policies = _policies(values["policies"])
     simulator.deployment.max_model_len()  # fails before a long trace is read

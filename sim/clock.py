@@ -44,6 +44,14 @@ class Clock(simpy.Environment):
         heappush(self._queue, (self._now + delay_ps, priority, serial, timer))
         return serial
 
+    def step(self) -> None:
+        """Process the next event, as SimPy does, or the next timer."""
+        if self._queue and type(self._queue[0][3]) is Timer:
+            self._now, _, self.serial, timer = heappop(self._queue)
+            timer.call(timer)
+        else:
+            super().step()
+
     def run_out(self) -> None:
         """Process events until none is left.
 

@@ -50,15 +50,20 @@ class FastEngine(Batching):
         "_priority",
         "_published",
         "_ran",
+        "_restless",
         "_skewed",
         "_slope_ps",
         "_start_ps",
+        "_waited",
         "_wake_ps",
     )
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self._limited = self.limits.long_prefill_token_threshold > 0
+        adaptive = self._limited and self.limits.long_prefill_token_threshold_adaptive
+        self._restless = adaptive or not self._plain_admission
+        """Any arrival may let the head run: it shortens chunks, or changes the policy's mind."""
         # The flight: what the pending event stands for.
         self._priority = LATE + self.id
         self._on_end = Timer(self._end)
@@ -81,6 +86,8 @@ class FastEngine(Batching):
         self._prefill_tokens = 0
         self._batched = 0
         """Decoders in the flight's steps."""
+        self._waited = 0
+        """Requests that waited when the flight began."""
 
     # ------------------------------------------------------------------ views
 
@@ -138,11 +145,11 @@ class FastEngine(Batching):
         elif (
             self._count > 1
             and self._ends is None
-            and (self._queue[0][2] is request or not self._plain_admission)
+            and (self._queue[0][2] is request or self._restless)
             and len(self._running) < self._most
         ):
-            # It could be admitted (or change the policy's mind) at the next step. Otherwise it
-            # stands behind a head that stays blocked: inside a run blocks only get fewer.
+            # It (or the head, by its mere presence) could be admitted at the next step. Otherwise
+            # it stands behind a head that stays blocked: inside a run blocks only get fewer.
             steps = self._boundary(now)
             if steps < self._count:
                 self._count = steps
@@ -257,7 +264,7 @@ class FastEngine(Batching):
         """Report ``steps`` steps of the flight, from its start."""
         self.steps_done += steps
         ident, start, decodes = self.id, self._start_ps, self._batched
-        waiting, free = len(self._queue), self.pool.free
+        waiting, free = self._waited, self.pool.free
         if self._ends is None:
             if self._opening:
                 self._ran(
@@ -351,6 +358,7 @@ class FastEngine(Batching):
         decodes = self._decodes
         self._start_ps = now = self.env._now
         self._batched = decodes
+        self._waited = len(self._queue)
         self._ends = None
         if prefills:
             # What was scheduled is the budget without what is left, in tokens.

@@ -73,9 +73,8 @@ class Result:
             config: the resolved configuration that re-creates the run.
         """
         target = Path(folder)
+        check_target(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not (target / "summary.json").exists() and any(target.iterdir()):
-            raise ResultError(f"{target}: exists and is not a run folder; choose another")
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             for name in ("requests", "runs", "engines", "decisions"):
@@ -87,9 +86,7 @@ class Result:
             (scratch / "meta.json").write_text(_json(dict(self.meta)))
             (scratch / "summary.json").write_text(_json(self.summary()))
             scratch.chmod(0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(scratch, target)
+            replace_folder(scratch, target)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -120,6 +117,34 @@ class Result:
             meta=json.loads((source / "meta.json").read_text()),
             decisions=empty if tables["decisions"] is None else tables["decisions"],
         )
+
+
+def check_target(target: Path) -> None:
+    """Refuse to write a run folder over anything else.
+
+    Raises:
+        ResultError: there is a file, or a folder with something else in it.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir() or (not (target / "summary.json").exists() and any(target.iterdir())):
+        raise ResultError(f"{target}: exists and is not a run folder; choose another")
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Move a folder to where another one may be; that one is kept if anything goes wrong."""
+    earlier = source.with_name(f"{source.name}-earlier")
+    moved = target.exists()
+    if moved:
+        os.replace(target, earlier)
+    try:
+        os.replace(source, target)
+    except BaseException:
+        if moved:
+            os.replace(earlier, target)
+        raise
+    if moved:
+        shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _json(value: Mapping[str, Any]) -> str:

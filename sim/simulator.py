@@ -213,10 +213,9 @@ class _Run:
         model = self.simulator.deployment.model.name
         for low in range(0, self.count, CHUNK):
             part = table.iloc[low : low + CHUNK]
-            ps = (part["arrival_s"] * PS_PER_S).round().tolist()
-            names, prompts, outputs, priorities = (
-                part[name].tolist() for name in ("id", "prompt_tokens", "output_tokens", "priority")
-            )
+            arrivals = map(int, (part["arrival_s"] * PS_PER_S).round().tolist())
+            plain = ("prompt_tokens", "output_tokens", "id", "priority")
+            values = (part[name].tolist() for name in plain)
             classes = list(zip(*(part[name].tolist() for name in slo_columns), strict=True))
             for key in set(classes):
                 if key not in slos:
@@ -227,25 +226,22 @@ class _Run:
             told = [name for name in texts if (part[name] != "").any()]
             tellings = list(zip(*(part[name].tolist() for name in told), strict=True))
             if chains is not None:
-                offsets = chains.offset[low : low + len(part) + 1].tolist()
-                runs = list(
-                    zip(
-                        chains.start[offsets[0] : offsets[-1]].tolist(),
-                        chains.count[offsets[0] : offsets[-1]].tolist(),
-                        strict=True,
-                    )
-                )
-            for i in range(len(ps)):
-                row = low + i
+                span = chains.offset[low : low + len(part) + 1]
+                offsets = (span - span[0]).tolist()
+                starts = chains.start[span[0] : span[-1]].tolist()
+                runs = list(zip(starts, chains.count[span[0] : span[-1]].tolist(), strict=True))
+            targets = [slos[key] for key in classes]
+            rows = zip(range(low, low + len(part)), arrivals, *values, targets, strict=True)
+            for row, arrival_ps, prompt, output, ident, priority, slo in rows:
                 if chains is not None:
-                    chain = runs[offsets[i] - offsets[0] : offsets[i + 1] - offsets[0]]
-                request = Request(row, int(ps[i]), prompts[i], outputs[i], chain)
-                request.name = names[i]
-                request.priority = priorities[i]
-                request.slo = slos[classes[i]]
+                    chain = runs[offsets[row - low] : offsets[row - low + 1]]
+                request = Request(row, arrival_ps, prompt, output, chain)
+                request.name = ident
+                request.priority = priority
+                request.slo = slo
                 request.model = model
                 if told:
-                    for name, value in zip(told, tellings[i], strict=True):
+                    for name, value in zip(told, tellings[row - low], strict=True):
                         if value:
                             setattr(request, name, value)
                 if oracle is not None:

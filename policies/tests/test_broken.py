@@ -235,13 +235,22 @@ class DependsOnCount(Lru):
 
 
 class DependsOnTime(Lru):
+    in_order = False
+
     def victims(self, count: int, now: float) -> Sequence[BlockView]:
         return sorted(self._order, key=lambda b: (b.hits + b.depth) / (now - b.used_s + 1))
 
 
 class DependsOnSize(Lru):
+    in_order = False
+
     def victims(self, count: int, now: float) -> Sequence[BlockView]:
         return sorted(self._order, key=lambda block: -block.blocks)
+
+
+class BreaksItsPromise(Lru):
+    def victims(self, count: int, now: float) -> Sequence[BlockView]:
+        return list(reversed(self._order))
 
 
 class NamesNone(Lru):
@@ -355,6 +364,7 @@ BROKEN: list[tuple[Callable[..., Any], str]] = [
     (DependsOnCount, r"\.victims\(.*; the order may not depend on how much or when is asked$"),
     (DependsOnTime, r"\.victims\(.*; the order may not depend on how much or when is asked$"),
     (DependsOnSize, r"DependsOnSize\.victims\(.*: named \[.*\] after evicting; \[.*\] was next$"),
+    (BreaksItsPromise, r"BreaksItsPromise\.victims\(.*, but in_order promises the order of add: "),
     (NamesNone, r"NamesNone\.victims\(.*: answered None; a sequence of blocks was expected$"),
     (UsesTooMuch, r"UsesTooMuch\.use\(request r0, match of \d+ tokens, engine 0, 0\): answered "),
     (UsesHalves, r"UsesHalves\.use\(.*: answered [\d.]+; a whole number to \d+ was expected$"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import nan
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from policies.api import (
     ReusePolicy,
     Tier,
 )
-from policies.fakes import FakeBlock
+from policies.fakes import FakeBlock, FakeInstance
 from policies.registry import policy_set
 from sim.tests.bench import MODES, Job, Mode, serve
 
@@ -136,7 +135,7 @@ def test_a_victim_in_use(mode: Mode) -> None:
         Job(500, 4, 1, chain=((80, 1),)),
         Job(1000, 13, 3, chain=((70, 3),)),
     )
-    with pytest.raises(PolicyError, match=r"BadEviction\.victims named "):
+    with pytest.raises(PolicyError, match=r"BadEviction\.victims"):
         serve(*jobs, mode=mode, policies=policies, blocks=4)
 
 
@@ -154,7 +153,7 @@ class BadPlacement(PDPolicy):
         lambda instances: None,
         lambda instances: instances[0],
         lambda instances: Placement(None, None),  # type: ignore[arg-type]
-        lambda instances: Placement(SimpleNamespace(id=0), SimpleNamespace(id=0)),
+        lambda instances: Placement(FakeInstance(), FakeInstance()),
     ],
     ids=["nothing", "an instance", "a placement of nothing", "a made-up instance"],
 )

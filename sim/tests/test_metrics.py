@@ -133,7 +133,7 @@ def test_without_decoding_there_is_no_inter_token_latency() -> None:
 @given(
     rows=st.lists(
         st.tuples(
-            st.integers(1, 10**12),
+            st.integers(10**6, 10**12),
             st.one_of(st.just(0), st.integers(0, 10**9)),
             st.integers(1, 50),
             st.integers(0, 5),

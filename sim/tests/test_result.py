@@ -59,7 +59,7 @@ def _fail(*args: Any, **options: Any) -> None:
     raise OSError("disk full")
 
 
-FAILURES = {
+FAILURES: dict[str, tuple[Any, str]] = {
     "a table": (pd.DataFrame, "to_parquet"),
     "the configuration": (yaml, "safe_dump"),
     "the summary": (Result, "summary"),
@@ -71,7 +71,8 @@ FAILURES = {
 def test_a_failure_while_saving_leaves_nothing(
     run: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
-    monkeypatch.setattr(*FAILURES[failure], _fail)
+    owner, name = FAILURES[failure]
+    monkeypatch.setattr(owner, name, _fail)
     with pytest.raises(OSError, match="disk full"):
         run.save(tmp_path / "run")
     assert listing(tmp_path) == []
@@ -82,8 +83,9 @@ def test_a_failure_while_saving_again_keeps_the_earlier_run(
     run: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
     folder = run.save(tmp_path / "run", config={"seed": 1})
+    owner, name = FAILURES[failure]
     with monkeypatch.context() as patch:
-        patch.setattr(*FAILURES[failure], _fail)
+        patch.setattr(owner, name, _fail)
         with pytest.raises(OSError, match="disk full"):
             run.save(folder, config={"seed": 2})
     assert listing(tmp_path) == ["run"]
