@@ -386,6 +386,11 @@ class PDPolicy(ABC):
     def changed(self, instance: InstanceView) -> None:
         """As ``Router.changed``."""
 
+    @property
+    def listens(self) -> bool:
+        """Whether ``changed`` does anything; telling everybody of everything takes time."""
+        return type(self).changed is not PDPolicy.changed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicySet:

@@ -64,6 +64,10 @@ class Recorder:
         return self.policy.single_blocks  # type: ignore[no-any-return]
 
     @property
+    def listens(self) -> bool:
+        return self.policy.listens  # type: ignore[no-any-return]
+
+    @property
     def in_order(self) -> bool:
         return self.policy.in_order  # type: ignore[no-any-return]
 

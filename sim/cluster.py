@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import TypeAlias
 
-from policies.api import InstanceView, PDPolicy, PolicyError, RequestView, Router
+from policies.api import InstanceView, PDPolicy, PolicyError, RequestView
 from sim.clock import SIGNAL, Clock, Timer
 from sim.engine import FastEngine
 from sim.request import PS_PER_S, Request
@@ -74,10 +74,7 @@ class Cluster:
         self._age_ps = round(signal_age_s * PS_PER_S)
         self._ticking = False
         self._views: Sequence[InstanceView] = engines
-        indexed = type(pd).changed is not PDPolicy.changed
-        router = getattr(pd, "router", None)
-        if isinstance(router, Router):
-            indexed = type(router).changed is not Router.changed
+        indexed = getattr(pd, "listens", False)
         self._indexed = indexed
         if self._age_ps:
             for engine in engines:

@@ -333,7 +333,7 @@ class Engine:
         kept = self.reuse.retain(request, self, now_ps / PS_PER_S)
         if kept is None:
             return ENDLESS
-        tokens = kept.get(Tier.HBM, 0) if isinstance(kept, Mapping) else kept
+        tokens = kept.get(Tier.HBM, 0) if isinstance(kept, Mapping) else None
         if not isinstance(tokens, int) or tokens < 0:
             raise PolicyError(
                 f"{_name(self.reuse)}.retain({request.id}) answered {kept!r}; "

@@ -23,3 +23,8 @@ class Colocated(PDPolicy):
 
     def changed(self, instance: InstanceView) -> None:
         self.router.changed(instance)
+
+    @property
+    def listens(self) -> bool:
+        mine = type(self).changed is not Colocated.changed
+        return mine or type(self.router).changed is not Router.changed
