@@ -144,11 +144,14 @@ def measure(case: Case, *, limit: int | None = None, repeats: int = 3) -> Score:
     policies = policy_set(routing=case.routing)
     simulator = Simulator(case.deployment)
     cpu_s = wall_s = float("inf")
+    events = steps = 0.0
     for _ in range(1 if len(trace) > 100_000 else repeats):
         wall, cpu = time.perf_counter(), time.process_time()
         result = simulator.serve(trace, policies)
         cpu_s = min(cpu_s, time.process_time() - cpu)
         wall_s = min(wall_s, time.perf_counter() - wall)
+        events = result.meta["simpy_events"] / len(trace)
+        steps = float(result.engines["steps"].sum()) / len(trace)
     rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     some = trace.head(min(case.compared, len(trace)))
     stepwise = Simulator(case.deployment, mode="stepwise")
@@ -162,8 +165,8 @@ def measure(case: Case, *, limit: int | None = None, repeats: int = 3) -> Score:
         requests=len(trace),
         requests_per_cpu_s=len(trace) / cpu_s,
         ratio_to_stepwise=times["stepwise"] / times["fast"],
-        events_per_request=result.meta["simpy_events"] / len(trace),
-        steps_per_request=float(result.engines["steps"].sum()) / len(trace),
+        events_per_request=events,
+        steps_per_request=steps,
         cpu_s=cpu_s,
         wall_s=wall_s,
         rss_bytes=rss_bytes,

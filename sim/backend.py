@@ -89,15 +89,22 @@ class Deployment:
             ProfileError: the KV cache cannot hold the length that was asked for.
         """
         capacity = self.kv_blocks() * self.limits.block_tokens
-        asked = self.limits.max_model_len
-        if asked is None:
-            return min(self.model.max_context_tokens, capacity)
-        if asked > capacity:
+        length = self.limits.max_model_len
+        if length is None:
+            length = min(self.model.max_context_tokens, capacity)
+        elif length > capacity:
             raise ProfileError(
-                f"max_model_len={asked} needs more KV than there is: {capacity} tokens fit; "
+                f"max_model_len={length} needs more KV than there is: {capacity} tokens fit; "
                 f"lower it, raise gpu_memory_utilization or tp"
             )
-        return asked
+        budget = self.limits.max_num_batched_tokens
+        if not self.limits.enable_chunked_prefill and budget < length:
+            raise ProfileError(
+                f"enable_chunked_prefill=False needs a step to hold the longest prompt, but "
+                f"max_num_batched_tokens={budget} is less than max_model_len={length}; "
+                f"raise the one or lower the other"
+            )
+        return length
 
     def step_model(self) -> StepModel:
         return _step_model(self.chip, self.model, self.tp, self.pp, self.ep)

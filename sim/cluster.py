@@ -20,8 +20,9 @@ class Snapshot:
 
     role = "both"
 
-    def __init__(self, engine: AnyEngine) -> None:
+    def __init__(self, engine: AnyEngine, age_ps: int) -> None:
         self._engine = engine
+        self._age_ps = age_ps
         self._cached: Container[int] = ()
         self.id = engine.id
         self.model = engine.model
@@ -34,7 +35,8 @@ class Snapshot:
 
     @property
     def signal_age_s(self) -> float:
-        return (self._engine.env._now - self._taken_ps) / PS_PER_S
+        # While the cluster sleeps nothing is collected because nothing changes.
+        return min(self._engine.env._now - self._taken_ps, self._age_ps) / PS_PER_S
 
     def matched_tokens(self, request: RequestView) -> int:
         assert isinstance(request, Request)
@@ -79,7 +81,7 @@ class Cluster:
         if self._age_ps:
             for engine in engines:
                 engine.publish()
-            self._snapshots = [Snapshot(engine) for engine in engines]
+            self._snapshots = [Snapshot(engine, self._age_ps) for engine in engines]
             self._views = self._snapshots
         elif indexed:
             for engine in engines:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sim.hardware import ProfileError
 from sim.tests.bench import MODES, Job, Mode, serve
 
 pytestmark = pytest.mark.parametrize("mode", MODES)
@@ -251,6 +252,11 @@ def test_without_chunked_prefill_a_prompt_waits_for_a_step_that_holds_it(
         max_model_len=16,
     )
     assert outcome.times == times
+
+
+def test_without_chunked_prefill_a_step_must_hold_the_longest_prompt(mode: Mode) -> None:
+    with pytest.raises(ProfileError, match="max_num_batched_tokens=16 is less than max_model_len"):
+        serve(Job(0, 4, 1), mode=mode, enable_chunked_prefill=False, max_model_len=17)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from simpy.events import Timeout
 
-from policies.api import AdmissionPolicy, PDPolicy, Slo
+from policies.api import PDPolicy, Slo
 from policies.registry import create, policy_set
 from sim.clock import Clock
 from sim.cluster import Cluster
@@ -60,7 +60,7 @@ class Case:
     blocks: int
     max_model_len: int
     steps: StepModel
-    admission: dict[str, Any] | Callable[[], AdmissionPolicy]
+    admission: dict[str, Any]
     eviction: str
     reuse: dict[str, Any]
     routing: str
@@ -226,7 +226,7 @@ class Stage:
         case = self.case
         engine = kind(
             self.env, ident, case.limits, case.blocks, case.max_model_len, case.steps,
-            _made("admission", case.admission), _create("reuse", **case.reuse),
+            _create("admission", **case.admission), _create("reuse", **case.reuse),
             self.log, eviction=create(f"eviction/{case.eviction}"),
         )  # fmt: skip
         if isinstance(engine, FastEngine):
@@ -280,12 +280,9 @@ def play(case: Case, kind: Kind, looks_ps: Sequence[int] = ()) -> dict[str, Any]
     return Stage(case, kind).play(looks_ps)
 
 
-def _made(kind: str, spec: dict[str, Any] | Callable[[], Any]) -> Any:
-    return spec() if callable(spec) else _create(kind, **spec)
-
-
-def _create(kind: str, *, name: str, **parameters: Any) -> Any:
-    return create(f"{kind}/{name}", **parameters)
+def _create(kind: str, *, name: str | type, **parameters: Any) -> Any:
+    """A policy by its registered name or by its class."""
+    return name(**parameters) if isinstance(name, type) else create(f"{kind}/{name}", **parameters)
 
 
 def _victims(engine: FastEngine | StepEngine) -> list[int]:
