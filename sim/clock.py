@@ -17,17 +17,18 @@ LATE = 2
 
 
 class Timer:
-    """Calls a function at set times; unlike a SimPy event it can be armed again and again.
+    """Calls a function at a set time; unlike a SimPy event it can be armed again and again.
 
-    Arming it again does not cancel the earlier time: the function is called for both, and tells
-    them apart by the number that ``arm`` returned, which is in ``Clock.serial``.
+    Arming it again replaces the earlier time.
     """
 
-    __slots__ = ("call", "payload")
+    __slots__ = ("call", "payload", "serial")
 
     def __init__(self, call: Callable[[Timer], None], payload: Any = None) -> None:
         self.call = call
         self.payload = payload
+        self.serial = -1
+        """The event that counts: entries of SimPy's queue cannot be taken back, only ignored."""
 
 
 class Clock(simpy.Environment):
@@ -35,20 +36,18 @@ class Clock(simpy.Environment):
 
     _now: int
     _queue: list[tuple[int, int, int, Any]]  # type: ignore[assignment]
-    serial = -1
-    """The number of the event being processed."""
 
-    def arm(self, delay_ps: int, priority: int, timer: Timer) -> int:
+    def arm(self, delay_ps: int, priority: int, timer: Timer) -> None:
         """Fire ``timer`` after ``delay_ps``; among equal times by priority, then in order."""
-        serial = next(self._eid)
+        timer.serial = serial = next(self._eid)
         heappush(self._queue, (self._now + delay_ps, priority, serial, timer))
-        return serial
 
     def step(self) -> None:
         """Process the next event, as SimPy does, or the next timer."""
         if self._queue and type(self._queue[0][3]) is Timer:
-            self._now, _, self.serial, timer = heappop(self._queue)
-            timer.call(timer)
+            self._now, _, serial, timer = heappop(self._queue)
+            if timer.serial == serial:
+                timer.call(timer)
         else:
             super().step()
 
@@ -59,9 +58,10 @@ class Clock(simpy.Environment):
         """
         queue = self._queue
         while queue:
-            self._now, _, self.serial, event = heappop(queue)
+            self._now, _, serial, event = heappop(queue)
             if type(event) is Timer:
-                event.call(event)
+                if event.serial == serial:
+                    event.call(event)
                 continue
             callbacks = event.callbacks
             event.callbacks = None

@@ -36,7 +36,6 @@ class FastEngine(Batching):
     """One instance; see the module for the idea and the attributes below for the state."""
 
     __slots__ = (
-        "_armed",
         "_batched",
         "_chunk",
         "_ends",
@@ -70,8 +69,6 @@ class FastEngine(Batching):
         self._on_wake = Timer(self._wake)
         self._ran = self.sink.ran
         self._skewed = self.steps.longest_matters
-        self._armed = -1
-        """Number of the event that counts."""
         self._wake_ps = -1
         self._start_ps = 0
         self._first_ps = 0
@@ -156,15 +153,14 @@ class FastEngine(Batching):
                 self._schedule(self._on_end, self._start_ps + self._elapsed(steps) - now)
 
     def _schedule(self, timer: Timer, delay_ps: int) -> None:
-        """Arm one of the engine's timers; an older time is ignored when it comes."""
+        """Arm one of the engine's timers."""
         self.events += 1
         env = self.env  # as Clock.arm, without the call
-        self._armed = serial = next(env._eid)
+        timer.serial = serial = next(env._eid)
         heappush(env._queue, (env._now + delay_ps, self._priority, serial, timer))
 
     def _wake(self, timer: Timer) -> None:
-        if self.env.serial == self._armed:
-            self._begin()
+        self._begin()
 
     # ------------------------------------------------------------------ time inside a flight
 
@@ -516,8 +512,6 @@ class FastEngine(Batching):
 
     def _end(self, timer: Timer) -> None:
         """The last step of the flight is over (rule 17)."""
-        if self.env.serial != self._armed:
-            return
         now = self.env._now
         count = self._count
         self._log(count)

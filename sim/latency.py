@@ -158,6 +158,7 @@ class ParametricStepModel:
         self._segments: dict[int, list[_Segment]] = {}
         self._last: dict[int, _Segment] = {}
         self._alone_ps: dict[int, tuple[int, int]] = {}
+        self._read_token_ps = self._context_ps[0]
         # The common case, one kind of layer and one kernel for all, is written out in step_ps.
         full = kinds[0]
         self._plain = len(kinds) == 1 and not full.split
@@ -194,8 +195,9 @@ class ParametricStepModel:
         compute *= compute
         memory *= memory
         attention = round(self._mixed_ps + sqrt(sqrt(compute * compute + memory * memory)))
-        if decodes:
-            alone = self._decode_attention_ps(decodes, context)
+        if decodes:  # never less than the decodes alone
+            fixed_ps, least = self._alone_ps.get(decodes) or self._fill_alone(decodes)
+            alone = fixed_ps + self._read_token_ps * (context if context > least else least)
             attention = alone if alone > attention else attention
         tokens_ps = self._tokens_ps.get(tokens)
         if tokens_ps is None:
@@ -292,15 +294,12 @@ class ParametricStepModel:
         fixed = round(self._kernel_ps * kind.decode_fixed_s(decodes))
         return fixed + context_ps * kind.decode_tokens(decodes, context)
 
-    def _decode_attention_ps(self, decodes: int, context: int) -> int:
-        """Attention of the decodes alone, where there is one kind of layer."""
-        cached = self._alone_ps.get(decodes)
-        if cached is None:
-            kind = self._operators.attention[0]
-            fixed = round(self._kernel_ps * kind.decode_fixed_s(decodes))
-            cached = self._alone_ps[decodes] = (fixed, kind.least_tokens(decodes))
-        fixed, least = cached
-        return fixed + self._context_ps[0] * (context if context > least else least)
+    def _fill_alone(self, decodes: int) -> tuple[int, int]:
+        """Attention of the decodes alone, for one kind of layer: (time, least tokens)."""
+        kind = self._operators.attention[0]
+        fixed = round(self._kernel_ps * kind.decode_fixed_s(decodes))
+        self._alone_ps[decodes] = fixed, kind.least_tokens(decodes)
+        return self._alone_ps[decodes]
 
     def _fill_segments(self, decodes: int) -> _Segment:
         """Cuts the cost of decode-only steps at its knots; returns the last, unlimited piece."""

@@ -6,7 +6,7 @@ Rule numbers are those listed in ``docs/engine.md``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from heapq import heappop
 
 from policies.api import EvictionPolicy, PolicyError, RequestView, Slo, Tier
@@ -65,11 +65,12 @@ class StepEngine(Engine):
     """One instance, step by step."""
 
     __slots__ = (
-        "_armed",
         "_blank",
         "_held",
         "_idle",
         "_known",
+        "_on_end",
+        "_on_wake",
         "_planned",
         "_running",
         "_stepping",
@@ -90,7 +91,8 @@ class StepEngine(Engine):
         self._idle: set[Block] = set()
         """Cached blocks that nobody uses: what the eviction policy orders."""
         self._stepping = False
-        self._armed = -1
+        self._on_wake = Timer(self._wake)
+        self._on_end = Timer(self._end)
         self.evicted: list[int] = []
         """Hashes in the order of their eviction."""
 
@@ -127,15 +129,14 @@ class StepEngine(Engine):
         """A request arrives."""
         now = self.env._now
         if self._accept(request, now) and not self._stepping:
-            self._schedule(self._wake, 0)
+            self._schedule(self._on_wake, 0)
 
-    def _schedule(self, call: Callable[[Timer], None], delay_ps: int) -> None:
+    def _schedule(self, timer: Timer, delay_ps: int) -> None:
         self.events += 1
-        self._armed = self.env.arm(delay_ps, LATE + self.id, Timer(call))
+        self.env.arm(delay_ps, LATE + self.id, timer)
 
     def _wake(self, timer: Timer) -> None:
-        if self.env.serial == self._armed:
-            self._begin()
+        self._begin()
 
     def _begin(self) -> None:
         now = self.env._now
@@ -146,7 +147,7 @@ class StepEngine(Engine):
             self._stepping = False
             until = self._deferred_until_ps()
             if until is not None:
-                self._schedule(self._wake, until - now)
+                self._schedule(self._on_wake, until - now)
             return
         self._stepping = True
         prefills = []
@@ -168,7 +169,7 @@ class StepEngine(Engine):
                 len(self._queue), self.free_blocks(),
             )
         )  # fmt: skip
-        self._schedule(self._end, duration)
+        self._schedule(self._on_end, duration)
 
     def _end(self, timer: Timer) -> None:
         """Rule 17."""
