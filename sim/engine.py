@@ -518,8 +518,9 @@ class FastEngine(Batching):
         if count > 1:
             self._fold(count - 1)
             self._ends = None
-        self._opening = False
-        self._open_ps = 0
+        if self._opening:
+            self._opening = False
+            self._open_ps = 0
         self._count = 0
         self._step = step = self._step + 1
         self._context += self._decodes

@@ -280,7 +280,7 @@ class _Run:
         row = request.index
         before = int(self.previous[row]) if self.has_sessions else -1
         if before < 0:
-            self._submit(request)
+            self.cluster.submit(request)
         elif before in self.ended_ps:
             self._release(request, self.ended_ps.pop(before))
         else:
