@@ -138,7 +138,7 @@ def cases() -> dict[str, Case]:
     return {case.name: case for case in found}
 
 
-def measure(case: Case, *, limit: int | None = None, repeats: int = 3) -> Score:
+def measure(case: Case, *, limit: int | None = None, repeats: int = 5) -> Score:
     """Run a case; the best of ``repeats`` for its speed."""
     trace = case.trace(limit)
     policies = policy_set(routing=case.routing)

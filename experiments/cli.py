@@ -8,9 +8,10 @@ import is imported by the command that needs it.
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -22,8 +23,28 @@ from experiments.options import AsJson, BlockTokens, Format, Limit, Modules, Qui
 __all__ = ["app", "main"]
 
 
+UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
+"""What a wrong option or command raises; Typer shows it as a box of several lines."""
+
+
 class _Commands(TyperGroup):
     """Commands whose bad input ends in one line and exit code 2."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        if not options.pop("standalone_mode", True):
+            return super().main(*args, **options | {"standalone_mode": False})
+        try:
+            code = super().main(*args, **options | {"standalone_mode": False})
+        except UsageError as error:
+            code = 2
+            usage: Any = error
+            if type(error).__name__ == "NoArgsIsHelpError":
+                typer.echo(usage.ctx.get_help())
+            else:
+                message = " ".join(usage.format_message().split())
+                path = "servelab" if usage.ctx is None else usage.ctx.command_path
+                typer.echo(f"error: {message} (see {path} --help)", err=True)
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
         from experiments.console import reporting

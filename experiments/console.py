@@ -83,7 +83,7 @@ def bar(total_runs: int = 1, *, show: bool = True) -> Iterator[Callable[[str, in
 
 @contextmanager
 def reporting(*, full: bool | None = None) -> Iterator[None]:
-    """Turns bad input into one line and exit code 2, and Ctrl-C into exit code 130."""
+    """Turns bad input and Ctrl-C into one line and exit code 2."""
     full = os.environ.get(FULL_ERROR) == "1" if full is None else full
     try:
         yield
@@ -97,9 +97,9 @@ def reporting(*, full: bool | None = None) -> Iterator[None]:
 
 
 def interrupted() -> None:
-    """Says so and leaves, as a shell expects of Ctrl-C."""
+    """Says so and leaves."""
     stderr().print("interrupted: nothing of the run in progress was saved")
-    raise SystemExit(130) from None
+    raise SystemExit(2) from None
 
 
 def one_line(error: BaseException) -> str:

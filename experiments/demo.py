@@ -25,8 +25,9 @@ OVERRIDES = (
 )
 ABOUT = (
     "four A100-80G with Llama-3.1-8B; arrivals twice as fast as in the trace and KV cache "
-    "limited to 3,000 blocks per GPU, so that policies have something to decide; one trace and "
-    "one seed, so small differences may be chance"
+    "limited to 3,000 blocks per GPU, so that policies have something to decide; SLO (TTFT, time "
+    "per token): interactive 0.5 s, 50 ms; standard 2 s, 100 ms; batch 20 s, 500 ms; one trace "
+    "and one seed, so small differences may be chance"
 )
 EVICTIONS = ("lru", "slo_aware")
 ROUTINGS = ("round_robin", "prefix_affinity")

@@ -166,6 +166,7 @@ def _footnotes(results: Mapping[str, Result]) -> list[str]:
             )
         if not _calibrated(result):
             lines.append(f"chip {meta['chip']} is {_uncalibrated(result)}")
+        lines += [f"warning: {line}" for line in warnings(result)]
     return list(dict.fromkeys(lines))
 
 

@@ -104,12 +104,12 @@ class Cluster:
             engine = self._engine_of[id(placement.prefill)]
         except (AttributeError, KeyError):
             raise PolicyError(
-                f"{_name(self.pd)}.place({request.id}) answered {placement!r}; "
+                f"{self._who()}.place({request.id}) answered {placement!r}; "
                 f"a Placement of instances of the cluster was expected"
             ) from None
         if placement.decode is not placement.prefill:
             raise PolicyError(
-                f"{_name(self.pd)}.place({request.id}) split prefill and decode over instances "
+                f"{self._who()}.place({request.id}) split prefill and decode over instances "
                 f"{engine.id} and {getattr(placement.decode, 'id', None)}; "
                 f"this deployment is colocated"
             )
@@ -117,6 +117,11 @@ class Cluster:
             self._ticking = True
             self._arm()
         engine.add(request)
+
+    def _who(self) -> str:
+        """The placement policy, with its router if it has one, for messages."""
+        router = getattr(self.pd, "router", None)
+        return _name(self.pd) if router is None else f"{_name(router)} in {_name(self.pd)}"
 
     # ------------------------------------------------------------------ stale signals
 

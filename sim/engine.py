@@ -14,6 +14,7 @@ from functools import partial
 from heapq import heappop, heappush
 from math import isqrt
 from operator import attrgetter
+from struct import Struct
 
 from policies.api import RequestView, Tier
 from sim.batch import Batching, Prefills
@@ -30,6 +31,7 @@ _batch = partial(tuple.__new__, Batch)
 """``Batch`` from a tuple, in half the time of calling the class."""
 _seat = attrgetter("seat")
 _pack = RUN.pack
+_pack_two = Struct(2 * RUN.format).pack
 
 
 class FastEngine(Batching):
@@ -90,7 +92,7 @@ class FastEngine(Batching):
 
     def free_blocks(self, tier: Tier = Tier.HBM) -> int:
         self.sync()
-        return self.pool.free
+        return self.pool.free if tier is Tier.HBM else 0
 
     def matched_tokens(self, request: RequestView) -> int:
         assert isinstance(request, Request)
@@ -263,18 +265,19 @@ class FastEngine(Batching):
         waiting, free = self._waited, self.pool.free
         if self._ends is None:
             if self._opening:
+                prefill_tokens, self._prefill_tokens = self._prefill_tokens, 0
+                self._batched = decodes + len(self._completing)
+                first = ident, start, self._open_ps, 0, 1, decodes, prefill_tokens, waiting, free
+                if steps == 1:
+                    self._ran(_pack(*first))
+                    return
                 self._ran(
-                    _pack(
-                        ident, start, self._open_ps, 0, 1, decodes, self._prefill_tokens,
-                        waiting, free,
+                    _pack_two(
+                        *first, ident, start + self._open_ps, self._first_ps, self._slope_ps,
+                        steps - 1, self._batched, 0, waiting, free,
                     )
                 )  # fmt: skip
-                start += self._open_ps
-                steps -= 1
-                self._prefill_tokens = 0
-                self._batched = decodes = decodes + len(self._completing)
-                if not steps:
-                    return
+                return
             self._ran(
                 _pack(
                     ident, start, self._first_ps, self._slope_ps, steps, decodes,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sim.result import Result
 
 PERCENTILES = (50, 90, 99)
+PS_PER_S = 10**12
 Floats = NDArray[np.float64]
 
 
@@ -67,20 +68,22 @@ def itl_percentile_s(runs: pd.DataFrame, percent: float) -> float:
     decoding = runs[runs["decodes"] > 0]
     if decoding.empty:
         return float("nan")
-    first, slope = _floats(decoding, "first_s"), _floats(decoding, "slope_s")
-    steps, weight = _floats(decoding, "steps"), _floats(decoding, "decodes")
-    safe = np.where(slope > 0, slope, 1.0)
-    wanted = percent / 100 * float(steps @ weight)
-    low, high = float(first.min()), float((first + slope * (steps - 1)).max())
-    for _ in range(60):
-        middle = (low + high) / 2
-        within = np.where(slope > 0, np.floor((middle - first) / safe) + 1, steps)
-        within = np.where(middle < first, 0.0, np.clip(within, 0, steps))
-        if float(within @ weight) >= wanted:
+    # In whole picoseconds, because sums of seconds would depend on how steps are cut into runs.
+    first, slope = _ps(decoding, "first_s"), _ps(decoding, "slope_s")
+    steps = decoding["steps"].to_numpy(dtype=np.int64)
+    weight = decoding["decodes"].to_numpy(dtype=np.int64)
+    safe = np.maximum(slope, 1)
+    wanted = percent / 100 * int(steps @ weight)
+    low, high = int(first.min()), int((first + slope * (steps - 1)).max())
+    while low < high:
+        middle = (low + high) // 2
+        within = np.where(slope > 0, (middle - first) // safe + 1, steps)
+        within = np.where(middle < first, 0, np.clip(within, 0, steps))
+        if int(within @ weight) >= wanted:
             high = middle
         else:
-            low = middle
-    return high
+            low = middle + 1
+    return high / PS_PER_S
 
 
 def summarise(result: Result) -> dict[str, Any]:
@@ -147,6 +150,10 @@ def _ratio(part: float, whole: float) -> float:
 
 def _floats(table: pd.DataFrame, column: str) -> Floats:
     return table[column].to_numpy(dtype=np.float64)
+
+
+def _ps(table: pd.DataFrame, column: str) -> NDArray[np.int64]:
+    return np.rint(_floats(table, column) * PS_PER_S).astype(np.int64)
 
 
 def _plain(value: Any) -> Any:

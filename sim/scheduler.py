@@ -83,7 +83,7 @@ class Sink(Protocol):
     def finished(self, request: Request, engine: int, now_ps: int) -> None: ...
     def rejected(self, request: Request, engine: int, now_ps: int, reason: str) -> None: ...
     def ran(self, packed: bytes) -> None:
-        """Takes one ``RUN``."""
+        """Takes one ``RUN`` or two."""
         ...
 
 
@@ -197,7 +197,7 @@ class Engine:
         raise NotImplementedError
 
     def total_blocks(self, tier: Tier = Tier.HBM) -> int:
-        return self.total
+        return self.total if tier is Tier.HBM else 0
 
     def prefill_s(self, tokens: int, context: int = 0) -> float:
         return self.steps.prefill_ps(tokens, context) / PS_PER_S

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from math import inf, nan
@@ -15,7 +16,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from policies.api import PolicyError, PolicySet, Slo
+from policies.api import (
+    AdmissionPolicy,
+    EvictionPolicy,
+    PDPolicy,
+    PolicyError,
+    PolicySet,
+    ReusePolicy,
+    Router,
+    Slo,
+)
 from policies.recorder import Decision, recorded
 from sim.backend import Deployment
 from sim.clock import ARRIVAL, Clock, Timer
@@ -34,6 +44,7 @@ CHUNK = 65_536
 CHECK = 1_024
 """Requests between two reports of progress."""
 _pack = Struct("9d").pack
+POLICIES = (AdmissionPolicy, EvictionPolicy, PDPolicy, ReusePolicy, Router)
 
 
 class Simulator:
@@ -89,8 +100,16 @@ class Simulator:
             ProfileError: the model does not fit the chips.
             PolicyError: a policy broke its contract.
         """
-        run = _Run(self, trace, policies, seed, progress)
-        run.play()
+        run: _Run | None = None
+        try:
+            run = _Run(self, trace, policies, seed, progress)
+            run.play()
+        except PolicyError:
+            raise
+        except Exception as error:
+            if (blame := _blame(error)) is not None:
+                raise PolicyError(blame) from error
+            raise
         return run.result()
 
 
@@ -454,6 +473,21 @@ def _labels(codes: NDArray[np.int64], labels: list[str]) -> pd.Series:
 
 def _ignore(packed: bytes) -> None:
     """Where step runs are not kept."""
+
+
+def _blame(error: Exception) -> str | None:
+    """Which policy raised the error, in which call and line; ``None`` if it was no policy."""
+    blame = None
+    frames = traceback.walk_tb(error.__traceback__)
+    for frame, line in frames:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, POLICIES) and not isinstance(owner, type):
+            code = frame.f_code
+            blame = (
+                f"{_name(owner)}.{code.co_name} raised {type(error).__name__}: {error} "
+                f"({code.co_filename}:{line})"
+            )
+    return blame
 
 
 def _build(factory: Callable[..., Any], seed: int, stream: str, method: str) -> Any:

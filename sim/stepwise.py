@@ -103,7 +103,7 @@ class StepEngine(Engine):
         return len(self._running)
 
     def free_blocks(self, tier: Tier = Tier.HBM) -> int:
-        return self._blank + len(self._idle)
+        return self._blank + len(self._idle) if tier is Tier.HBM else 0
 
     def matched_tokens(self, request: RequestView) -> int:
         assert isinstance(request, Request)

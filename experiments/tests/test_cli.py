@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -224,13 +223,14 @@ class Interrupting(AdmissionPolicy):
 """
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "interrupting.py").write_text(INTERRUPTING)
     done = python(
         "-m", "experiments.cli", "replay", "demo", "--policy-module", "interrupting.py",
         "--admission", "interrupting", "--out", "runs/run", folder=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == "interrupted: nothing of the run in progress was saved"
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["interrupting.py"]
@@ -243,3 +243,69 @@ def test_the_command_line_imports_little_before_it_has_to(tmp_path: Path) -> Non
     )
     done = python("-c", code, folder=tmp_path)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["replay", "demo", "--enginse", "3"],
+            "error: No such option: --enginse (Possible options",
+        ),
+        (["replya"], "error: No such command 'replya'. Did you mean 'replay'?"),
+        (["replay"], "error: Invalid value for PATH|NAME: name a trace"),
+    ],
+)
+def test_a_slip_of_the_keyboard_is_one_line(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = python("-m", "experiments.cli", *arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1
+
+
+RAISING = """
+from dataclasses import dataclass
+from policies.api import Router
+from policies.eviction.scored import ScoredEviction
+from policies.registry import register
+
+@register("eviction/peeking")
+@dataclass(slots=True, eq=False)
+class Peeking(ScoredEviction):
+    "Looks at what no view has."
+
+    def score(self, block, now):
+        return block.secret
+
+@register("routing/off")
+@dataclass(slots=True, eq=False)
+class Off(Router):
+    "Answers with no instance."
+
+    def route(self, request, instances, now):
+        return 99
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--eviction", "peeking"), "error: eviction/peeking.score raised AttributeError: "),
+        (("--routing", "off"), "error: routing/off in pd/colocated.place(0) answered "),
+    ],
+)
+def test_a_policy_that_breaks_its_contract_is_named_with_the_call(
+    tmp_path: Path, option: tuple[str, str], message: str
+) -> None:
+    (tmp_path / "raising.py").write_text(RAISING)
+    done = python(
+        "-m", "experiments.cli", "replay", "demo", "--limit", "300", "--policy-module",
+        "raising.py", *option, "--out", "run", "engine.num_gpu_blocks=1000", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

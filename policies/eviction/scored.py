@@ -38,7 +38,8 @@ class ScoredEviction(EvictionPolicy):
     def add(self, block: BlockView, now: float) -> None:
         score = self.score(block, now)
         if isnan(score):
-            raise PolicyError(f"{type(self).__name__}.score of block {block.hash} is not a number")
+            name = getattr(self, "policy_name", type(self).__name__)
+            raise PolicyError(f"{name}.score answered nan for {block!r}; a number was expected")
         self._added += 1
         self._serial[block] = self._added
         entry = (score, self._added, block)

@@ -44,9 +44,16 @@ def test_the_policy_shows_its_parameters_and_hides_its_state(name: str) -> None:
     assert repr(create(name)) == f"{cls.__name__}({shown})"
 
 
+def bench() -> list[str]:
+    """Names of our own policies; other tests of the same process may register more."""
+    return [
+        name for name, entry in catalog().items() if entry.cls.__module__.startswith("policies.")
+    ]
+
+
 def test_the_readme_lists_every_policy() -> None:
     readme = (ROOT / "policies" / "README.md").read_text(encoding="utf-8")
-    assert [name for name in catalog() if f"`{name}`" not in readme] == []
+    assert [name for name in bench() if f"`{name}`" not in readme] == []
 
 
 def test_the_policy_of_the_readme_has_20_lines_and_keeps_the_contract(tmp_path: Path) -> None:
@@ -73,7 +80,7 @@ def test_the_bench_loads_with_the_standard_library_alone() -> None:
         check=False,
     )
     assert done.stderr == ""
-    assert done.stdout.splitlines() == [str(len(catalog())), "[]"]
+    assert done.stdout.splitlines() == [str(len(bench())), "[]"]
 
 
 @pytest.mark.parametrize("name", OURS)

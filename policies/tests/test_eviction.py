@@ -115,7 +115,9 @@ class ByHits(ScoredEviction):
 def test_a_score_that_is_not_a_number_is_refused() -> None:
     view = block("a")
     view.hits = nan  # type: ignore[assignment]
-    with pytest.raises(PolicyError, match=r"^ByHits\.score of block a is not a number"):
+    with pytest.raises(
+        PolicyError, match=r"^ByHits\.score answered nan for FakeBlock.*; a number was expected"
+    ):
         ByHits().add(view, 0.0)
 
 

@@ -66,7 +66,8 @@ class Timeline(Log):
 
     def ran(self, packed: bytes) -> None:
         super().ran(packed)
-        self.runs.append(tuple(int(number) for number in RUN.unpack(packed)[:5]))
+        for record in RUN.iter_unpack(packed):
+            self.runs.append(tuple(int(number) for number in record[:5]))
 
 
 def _timeline(case: Case, kind: Kind) -> Timeline:

@@ -197,10 +197,10 @@ class Log:
         self.rows[request.index] = (engine, now_ps, reason)
 
     def ran(self, packed: bytes) -> None:
-        _, _, *numbers = RUN.unpack(packed)
-        first_ps, slope_ps, steps, decodes = (int(number) for number in numbers[:4])
-        self.busy_ps += first_ps * steps + slope_ps * (steps * (steps - 1) // 2)
-        self.decoded += decodes * steps
+        for _, _, *numbers in RUN.iter_unpack(packed):
+            first_ps, slope_ps, steps, decodes = (int(number) for number in numbers[:4])
+            self.busy_ps += first_ps * steps + slope_ps * (steps * (steps - 1) // 2)
+            self.decoded += decodes * steps
 
 
 class Stage:
