@@ -6,6 +6,7 @@ Rule numbers are those of vLLM's scheduler as listed in ``docs/engine.md``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -87,7 +88,7 @@ class Sink(Protocol):
         ...
 
 
-class Engine:
+class Engine(ABC):
     """One vLLM instance in synchronous mode, without its loop."""
 
     # Slots, because CPython shares the keys of an instance's dict for 30 attributes at most, and
@@ -190,11 +191,11 @@ class Engine:
         return len(self._queue)
 
     @property
-    def running(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def running(self) -> int: ...
 
-    def free_blocks(self, tier: Tier = Tier.HBM) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def free_blocks(self, tier: Tier = Tier.HBM) -> int: ...
 
     def total_blocks(self, tier: Tier = Tier.HBM) -> int:
         return self.total if tier is Tier.HBM else 0
@@ -206,8 +207,8 @@ class Engine:
     def kv_usage(self) -> float:
         return 1.0 - self.free_blocks() / self.total
 
-    def matched_tokens(self, request: RequestView) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def matched_tokens(self, request: RequestView) -> int: ...
 
     # ------------------------------------------------------------------ queue
 
@@ -355,9 +356,9 @@ class Engine:
 
     # ------------------------------------------------------------------ checking
 
+    @abstractmethod
     def audit(self) -> None:
-        """Check invariants I1 and I2 for this engine as it stands."""
-        raise NotImplementedError
+        """Check invariant I2 for this engine as it stands."""
 
     def stuck(self) -> str | None:
         """Why requests are still waiting although nothing will happen any more."""

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import json
 import traceback
-import zlib
-from collections.abc import Callable, Iterator
-from math import inf, nan
+from collections.abc import Callable
+from math import nan
 from struct import Struct
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from policies.api import (
     AdmissionPolicy,
@@ -24,23 +20,23 @@ from policies.api import (
     PolicySet,
     ReusePolicy,
     Router,
-    Slo,
 )
+from policies.factories import build
 from policies.recorder import Decision, recorded
+from sim.arrivals import requests_of, turns_of
 from sim.backend import Deployment
 from sim.clock import ARRIVAL, Clock, Timer
 from sim.cluster import AnyEngine, Cluster
 from sim.engine import FastEngine
 from sim.latency import StepModel
 from sim.oracle import TraceOracle
-from sim.request import NO_SLO, PS_PER_S, Request
+from sim.request import PS_PER_S, Request
 from sim.result import Result
 from sim.scheduler import _name
 from sim.stepwise import StepEngine
+from sim.tables import Columns, labels
 from traces.schema import Trace
 
-CHUNK = 65_536
-"""Rows of the trace that are converted at a time."""
 CHECK = 1_024
 """Requests between two reports of progress."""
 _pack = Struct("9d").pack
@@ -152,12 +148,12 @@ class _Run:
         count = len(trace)
         self.count = count
         self.done = 0
-        self.ended = _Columns(
+        self.ended = Columns(
             ("row", "int64"), ("arrival_s", "float64"), ("admitted_s", "float64"),
             ("first_token_s", "float64"), ("finish_s", "float64"), ("output_tokens", "int64"),
             ("cached_tokens", "int64"), ("preemptions", "int32"), ("engine", "int32"),
         )  # fmt: skip
-        self.log = _Columns(
+        self.log = Columns(
             ("engine", "int32"), ("start_s", "float64"), ("first_s", "float64"),
             ("slope_s", "float64"), ("steps", "int64"), ("decodes", "int32"),
             ("prefill_tokens", "int32"), ("waiting", "int32"), ("free_blocks", "int64"),
@@ -167,12 +163,17 @@ class _Run:
         self.engines = [self._engine(i) for i in range(deployment.engines)]
         self.pd = _build(policies.pd, seed, "pd", "place")
         self.cluster = Cluster(self.env, self.engines, self.pd, simulator.signal_age_s)
-        self._sessions()
+        turns = turns_of(trace)
+        self.has_turns = turns is not None
+        if turns is not None:
+            self.previous, self.following = turns
+            self.think_s: list[float] = trace.requests["think_s"].tolist()
         self.waiting_turns: dict[int, Request] = {}
         """Turns whose time has come but whose predecessor is not done, by its row."""
         self.ended_ps: dict[int, int] = {}
         """When predecessors ended whose successor's time has not come."""
-        self._arrivals = self._requests()
+        model = deployment.model.name
+        self._arrivals = requests_of(trace, self.chains, model, self.oracle)
         self._arrival = Timer(self._arrive)
         self.events = 0
 
@@ -201,71 +202,6 @@ class _Run:
         )
 
     # ------------------------------------------------------------------ arrivals
-
-    def _sessions(self) -> None:
-        """Rows of each turn's predecessor and successor, -1 where there is none."""
-        self.previous = np.full(self.count, -1, dtype=np.int64)
-        self.following = np.full(self.count, -1, dtype=np.int64)
-        table = self.trace.requests
-        rows = np.flatnonzero((table["session"] != "").to_numpy())
-        self.has_sessions = len(rows) > 0
-        if not len(rows):
-            return
-        codes = table["session"].iloc[rows].astype("category").cat.codes.to_numpy()
-        order = np.lexsort((table["turn"].to_numpy()[rows], codes))
-        rows, codes = rows[order], codes[order]
-        same = codes[1:] == codes[:-1]
-        self.think_s: list[float] = table["think_s"].tolist()
-        self.previous[rows[1:][same]] = rows[:-1][same]
-        self.following[rows[:-1][same]] = rows[1:][same]
-
-    def _requests(self) -> Iterator[Request]:
-        """Requests in order of the trace's arrival times, made when they are needed."""
-        table = self.trace.requests
-        texts = ("session", "tenant", "model", "kind")
-        slo_columns = ("slo_class", "slo_ttft_s", "slo_tpot_s", "slo_e2e_s")
-        slos: dict[Any, Slo] = {("", inf, inf, inf): NO_SLO}
-        chains, oracle = self.chains, self.oracle
-        chain: list[tuple[int, int]] = []
-        offsets: list[int] = []
-        runs: list[tuple[int, int]] = []
-        model = self.simulator.deployment.model.name
-        for low in range(0, self.count, CHUNK):
-            part = table.iloc[low : low + CHUNK]
-            arrivals = map(int, (part["arrival_s"] * PS_PER_S).round().tolist())
-            plain = ("prompt_tokens", "output_tokens", "id", "priority")
-            values = (part[name].tolist() for name in plain)
-            classes = list(zip(*(part[name].tolist() for name in slo_columns), strict=True))
-            for key in set(classes):
-                if key not in slos:
-                    slos[key] = Slo(
-                        name=key[0] or "none", ttft_s=key[1], tpot_s=key[2], e2e_s=key[3]
-                    )
-            # Most traces say nothing here: then requests keep the defaults.
-            told = [name for name in texts if (part[name] != "").any()]
-            tellings = list(zip(*(part[name].tolist() for name in told), strict=True))
-            if chains is not None:
-                span = chains.offset[low : low + len(part) + 1]
-                offsets = (span - span[0]).tolist()
-                starts = chains.start[span[0] : span[-1]].tolist()
-                runs = list(zip(starts, chains.count[span[0] : span[-1]].tolist(), strict=True))
-            targets = [slos[key] for key in classes]
-            rows = zip(range(low, low + len(part)), arrivals, *values, targets, strict=True)
-            for row, arrival_ps, prompt, output, ident, priority, slo in rows:
-                if chains is not None:
-                    chain = runs[offsets[row - low] : offsets[row - low + 1]]
-                request = Request(row, arrival_ps, prompt, output, chain)
-                request.name = ident
-                request.priority = priority
-                request.slo = slo
-                request.model = model
-                if told:
-                    for name, value in zip(told, tellings[row - low], strict=True):
-                        if value:
-                            setattr(request, name, value)
-                if oracle is not None:
-                    request.future_s = oracle.of(row)
-                yield request
 
     def play(self) -> None:
         """Run the clock until everything has happened."""
@@ -297,7 +233,7 @@ class _Run:
     def _arrive(self, timer: Timer) -> None:
         request: Request = timer.payload
         row = request.index
-        before = int(self.previous[row]) if self.has_sessions else -1
+        before = int(self.previous[row]) if self.has_turns else -1
         if before < 0:
             self.cluster.submit(request)
         elif before in self.ended_ps:
@@ -348,7 +284,7 @@ class _Run:
         self.done += 1
         if self.progress is not None and not self.done % CHECK:
             self.progress(self.done, self.count)
-        if self.has_sessions and self.following[row] >= 0:
+        if self.has_turns and self.following[row] >= 0:
             turn = self.waiting_turns.pop(row, None)
             if turn is None:
                 self.ended_ps[row] = now_ps
@@ -361,11 +297,8 @@ class _Run:
         trace, deployment = self.trace, self.simulator.deployment
         table = trace.requests
         ended = self.ended.table().set_index("row").reindex(range(self.count))
-        rejected = np.zeros(self.count, dtype=np.int64)
-        rejected[list(self.reasons)] = 1
-        kinds = sorted(set(self.reasons.values()))
-        reasons = np.zeros(self.count, dtype=np.int64)
-        reasons[list(self.reasons)] = [kinds.index(why) + 1 for why in self.reasons.values()]
+        refused = self.reasons
+        states = ["rejected" if row in refused else "finished" for row in range(self.count)]
         requests = pd.DataFrame(
             {
                 "id": table["id"],
@@ -379,8 +312,8 @@ class _Run:
                 "cached_tokens": ended["cached_tokens"],
                 "preemptions": ended["preemptions"],
                 "engine": ended["engine"],
-                "state": _labels(rejected, ["finished", "rejected"]),
-                "reason": _labels(reasons, ["", *kinds]),
+                "state": labels(states),
+                "reason": labels([refused.get(row, "") for row in range(self.count)]),
                 "session": table["session"],
                 "turn": table["turn"],
                 "tenant": table["tenant"],
@@ -449,28 +382,6 @@ class _Run:
         )
 
 
-class _Columns:
-    """A table that grows by packed rows of doubles: times in picoseconds, kept in seconds."""
-
-    def __init__(self, *columns: tuple[str, str]) -> None:
-        self._columns = columns
-        self._bytes = bytearray()
-        self.append = self._bytes.extend
-
-    def table(self) -> pd.DataFrame:
-        values = np.frombuffer(bytes(self._bytes)).reshape(-1, len(self._columns))
-        return pd.DataFrame(
-            {
-                name: values[:, i] / PS_PER_S if name.endswith("_s") else values[:, i].astype(kind)
-                for i, (name, kind) in enumerate(self._columns)
-            }
-        )
-
-
-def _labels(codes: NDArray[np.int64], labels: list[str]) -> pd.Series:
-    return pd.Series(pd.Categorical.from_codes(codes, pd.Index(labels)))
-
-
 def _ignore(packed: bytes) -> None:
     """Where step runs are not kept."""
 
@@ -491,15 +402,8 @@ def _blame(error: Exception) -> str | None:
 
 
 def _build(factory: Callable[..., Any], seed: int, stream: str, method: str) -> Any:
-    """Call a policy factory, with a seed of its own if it takes one that is not set."""
-    options: dict[str, Any] = {}
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):
-        parameters = {}  # type: ignore[assignment]
-    if "seed" in parameters and "seed" not in getattr(factory, "keywords", {}):
-        options["seed"] = zlib.crc32(f"{seed}/{stream}".encode())
-    policy = factory(**options)
+    """A policy of its own, checked to be of its kind."""
+    policy = build(factory, seed, stream)
     if not callable(getattr(policy, method, None)):
         raise PolicyError(f"{policy!r} is not a {stream.partition('/')[0]} policy: no {method}()")
     return policy
