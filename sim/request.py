@@ -53,8 +53,10 @@ class Request:
         "order",
         "output_tokens",
         "phase",
+        "placeholders",
         "preemptions",
         "priority",
+        "prompt_blocks",
         "prompt_tokens",
         "rank",
         "retain_blocks",
@@ -74,6 +76,7 @@ class Request:
         output_tokens: int,
         chain: Sequence[tuple[int, int]] = (),
         *,
+        answer: Sequence[tuple[int, int]] = (),
         name: str | None = None,
         slo: Slo = NO_SLO,
         priority: int = 0,
@@ -103,16 +106,23 @@ class Request:
         for start, count in chain:
             runs.append((first, start, count))
             first += count
+        self.prompt_blocks = first
+        """Full blocks of the prompt whose content the trace knows."""
+        for start, count in answer:
+            runs.append((first, start, count))
+            first += count
         runs.append((first, (-(index + 1) << PRIVATE_BITS) + first, ENDLESS - first))
         self.runs = runs
         self.chain_blocks = first
-        """Leading blocks whose content the trace knows; the others are its own."""
+        """Leading blocks of prompt and answer whose content is known; the others are its own."""
         self.future_s: NDArray | None = None  # type: ignore[type-arg]
         """Per block of the chain: arrival of the next request that contains it (oracle only)."""
         # What has happened to it.
         self.computed_tokens = 0
         """Tokens with KV; while decoding only brought up to date when the engine looks."""
         self.output_tokens = 0
+        self.placeholders = 0
+        """Tokens in flight: asynchronous scheduling only."""
         self.preemptions = 0
         self.cached_tokens = 0
         self.admitted_ps = -1
@@ -137,7 +147,8 @@ class Request:
     @property
     def block_hashes(self) -> list[int]:
         """Ids of the full blocks of the prompt that the trace knows."""
-        return [i for _, start, count in self.runs[:-1] for i in range(start, start + count)]
+        idents = [i for _, start, count in self.runs[:-1] for i in range(start, start + count)]
+        return idents[: self.prompt_blocks]
 
     def __repr__(self) -> str:
         return f"<Request {self.id}: {self.prompt_tokens} prompt tokens>"

@@ -50,6 +50,8 @@ class EngineLimits:
     long_prefill_token_threshold_adaptive: bool = False
     watermark: float = 0.0
     scheduler_reserve_full_isl: bool = True
+    async_scheduling: bool = False
+    """Schedule a step while the one before it executes (vLLM's default on GPUs)."""
 
     def __post_init__(self) -> None:
         for key in ("block_tokens", "max_num_batched_tokens", "max_num_seqs"):
@@ -89,7 +91,7 @@ class Sink(Protocol):
 
 
 class Engine(ABC):
-    """One vLLM instance in synchronous mode, without its loop."""
+    """One vLLM instance, without its loop."""
 
     # Slots, because CPython shares the keys of an instance's dict for 30 attributes at most, and
     # every access to an object with more is slower (the whole engine by 1.7 times).

@@ -6,95 +6,76 @@ Rule numbers are those listed in ``docs/engine.md``.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from heapq import heappop
+from collections import deque
+from collections.abc import Container
+from dataclasses import dataclass, field
+from heapq import heapify, heappop
 
-from policies.api import EvictionPolicy, PolicyError, RequestView, Slo, Tier
+from policies.api import EvictionPolicy, RequestView, Tier
+from sim.blocks import Block, Blocks
 from sim.clock import LATE, Timer
 from sim.latency import Batch
 from sim.request import PS_PER_S, Request
 from sim.scheduler import RUN, Engine, _name
 
 
-class Block:
-    """One KV block with a hash; a ``BlockView``."""
+@dataclass(slots=True, eq=False)
+class Step:
+    """What one call of the scheduler decided."""
 
-    __slots__ = (
-        "_engine",
-        "depth",
-        "hash",
-        "hits",
-        "next_use_s",
-        "refs",
-        "slo",
-        "stored_s",
-        "used_s",
-    )
-    blocks = 1
-
-    def __init__(self, engine: StepEngine, ident: int, depth: int, request: Request) -> None:
-        self._engine = engine
-        self.hash = ident
-        self.depth = depth
-        self.refs = 1
-        self.hits = 0
-        self.stored_s = self.used_s = request.admitted_ps / PS_PER_S
-        self.slo: Slo = request.slo
-        self.next_use_s = _future_s(request, depth)
-
-    @property
-    def recompute_s(self) -> float:
-        tokens = self._engine.block_tokens
-        return self._engine.prefill_s(tokens, self.depth * tokens)
-
-
-def _future_s(request: Request, depth: int) -> float:
-    future = request.future_s
-    return float(future[depth]) if future is not None and depth < len(future) else float("inf")
-
-
-def _ident(request: Request, depth: int) -> int:
-    """The id of the request's block at an index of its chain."""
-    for first, start, count in request.runs:
-        if depth < first + count:
-            return start + depth - first
-    raise AssertionError("the last run is endless")
+    scheduled: dict[Request, int] = field(default_factory=dict)
+    """Tokens of each request, in scheduling order."""
+    decodes: set[Request] = field(default_factory=set)
+    """Those of them that had generated a token since they were admitted."""
+    before: dict[Request, int] = field(default_factory=dict)
+    """Computed tokens before the step."""
+    sampling: set[Request] = field(default_factory=set)
+    """Who gets a token when the step ends."""
+    stale: set[Request] = field(default_factory=set)
+    """Who was preempted while the step was in flight."""
+    new: list[Request] = field(default_factory=list)
+    resumed: list[Request] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    hits: dict[Request, int] = field(default_factory=dict)
+    """Cached tokens that the admitted requests use."""
+    blocks: dict[Request, list[int]] = field(default_factory=dict)
+    """Numbers of the blocks that requests got; of admitted ones all."""
+    evicted: list[Block] = field(default_factory=list)
 
 
 class StepEngine(Engine):
     """One instance, step by step."""
 
     __slots__ = (
-        "_blank",
-        "_held",
-        "_idle",
-        "_known",
+        "_aborts",
+        "_depth",
         "_on_end",
         "_on_wake",
-        "_planned",
+        "_pipeline",
         "_running",
         "_stepping",
-        "evicted",
+        "blocks",
         "eviction",
     )
 
     def __init__(self, *args: object, eviction: EvictionPolicy, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self.eviction = eviction
+        self.blocks = Blocks(
+            self.total,
+            self.block_tokens,
+            eviction,
+            policy_name=_name(eviction),
+            prefill_s=self.prefill_s,
+        )
         self._running: list[Request] = []
-        self._planned: dict[Request, int] = {}
-        self._held: dict[Request, list[Block | None]] = {}
-        """Blocks of each running request in order; ``None`` has no hash."""
-        self._known: dict[int, list[Block]] = {}
-        """Cached blocks by hash, oldest first (vLLM keeps identical blocks apart)."""
-        self._blank = self.total
-        self._idle: set[Block] = set()
-        """Cached blocks that nobody uses: what the eviction policy orders."""
+        self._depth = 2 if self.limits.async_scheduling else 1
+        self._pipeline: deque[Step] = deque()
+        """Steps that were scheduled and have not ended; the first one executes."""
         self._stepping = False
+        self._aborts: list[Request] = []
         self._on_wake = Timer(self._wake)
         self._on_end = Timer(self._end)
-        self.evicted: list[int] = []
-        """Hashes in the order of their eviction."""
 
     # ------------------------------------------------------------------ views
 
@@ -103,66 +84,85 @@ class StepEngine(Engine):
         return len(self._running)
 
     def free_blocks(self, tier: Tier = Tier.HBM) -> int:
-        return self._blank + len(self._idle) if tier is Tier.HBM else 0
+        return self.blocks.free if tier is Tier.HBM else 0
 
     def matched_tokens(self, request: RequestView) -> int:
         assert isinstance(request, Request)
         if not self.limits.enable_prefix_caching:
             return 0
-        return len(self._match(request, request.prompt_tokens)) * self.block_tokens
+        return len(self.blocks.match(request, request.prompt_tokens)) * self.block_tokens
 
     @property
     def evictions(self) -> int:
         """Cached blocks given up so far."""
-        return len(self.evicted)
+        return len(self.blocks.evicted)
 
     def publish(self) -> None:
         """Nothing to prepare: ``published`` copies the cache's content."""
 
     def published(self) -> Container[int]:
         """Ids of the blocks that are cached now."""
-        return set(self._known)
+        return set(self.blocks.known)
 
     # ------------------------------------------------------------------ loop
 
     def add(self, request: Request) -> None:
         """A request arrives."""
-        now = self.env._now
-        if self._accept(request, now) and not self._stepping:
+        if self._accept(request, self.env._now) and not self._stepping:
             self._schedule(self._on_wake, 0)
+
+    def abort(self, request: Request) -> None:
+        """The client of a request that has not ended goes away (rule 18)."""
+        self._aborts.append(request)
+        if not self._stepping:
+            self._schedule(self._on_wake, 0)
+
+    def stepped(self, step: Step) -> None:
+        """Called when a step was scheduled; for subclasses that record decisions."""
 
     def _schedule(self, timer: Timer, delay_ps: int) -> None:
         self.events += 1
         self.env.arm(delay_ps, LATE + self.id, timer)
 
     def _wake(self, timer: Timer) -> None:
-        self._begin()
+        self._drop_aborted(self.env._now)
+        self._advance()
 
-    def _begin(self) -> None:
+    def _advance(self) -> None:
+        """Schedule as far ahead as the pipeline allows and let its first step execute.
+
+        Empty steps take no time. Without asynchronous scheduling the pipeline holds one step.
+        """
         now = self.env._now
-        self._plan(now)
-        while not self._planned and self._running:  # an empty step takes no time
-            self._plan(now)
-        if not self._planned:
-            self._stepping = False
-            until = self._deferred_until_ps()
-            if until is not None:
-                self._schedule(self._on_wake, until - now)
-            return
+        pipeline = self._pipeline
+        while True:
+            while len(pipeline) < self._depth and (self._running or self._queue):
+                pipeline.append(self._plan(now))
+            if not any(step.scheduled or step.preempted for step in pipeline):
+                break
+            if pipeline[0].scheduled:
+                self._execute(pipeline[0], now)
+                return
+            pipeline.popleft()
+        pipeline.clear()
+        self._stepping = False
+        until = self._deferred_until_ps()
+        if until is not None:
+            self._schedule(self._on_wake, until - now)
+
+    def _execute(self, step: Step, now: int) -> None:
         self._stepping = True
         prefills = []
-        decodes = context = longest = 0
-        for request, tokens in self._planned.items():
-            before = request.computed_tokens - tokens
-            if request.decoding:
-                decodes += 1
+        context = longest = 0
+        for request, tokens in step.scheduled.items():
+            before = step.before[request]
+            if request in step.decodes:
                 context += before + 1
                 longest = max(longest, before + 1)
             else:
                 prefills.append((tokens, before))
-        batch = Batch(tuple(prefills), decodes, context, longest)
-        duration = self.steps.step_ps(batch)
-        self.steps_done += 1
+        decodes = len(step.decodes)
+        duration = self.steps.step_ps(Batch(tuple(prefills), decodes, context, longest))
         self.sink.ran(
             RUN.pack(
                 self.id, now, duration, 0, 1, decodes, sum(n for n, _ in prefills),
@@ -174,41 +174,75 @@ class StepEngine(Engine):
     def _end(self, timer: Timer) -> None:
         """Rule 17."""
         now = self.env._now
-        ended = []
-        for request in self._planned:
-            if request.computed_tokens < request.prompt_tokens + request.output_tokens:
+        self._drop_aborted(now)
+        step = self._pipeline.popleft()
+        for request in step.scheduled:
+            if request not in step.sampling:
                 continue
-            request.decoding = True
+            stale = request in step.stale
             request.output_tokens += 1
             if request.first_ps < 0:
                 request.first_ps = now
+            if not stale:
+                request.decoding = True
+                if self._depth > 1:
+                    request.placeholders -= 1
+                    if self._caching:
+                        self.blocks.store(request, request.computed_tokens - request.placeholders)
             if request.output_tokens >= request._true_output_tokens:
-                ended.append(request)
-        for request in ended:
-            self._free(request, now)
-            self._running.remove(request)
+                if stale:
+                    self._unqueue(request)
+                else:
+                    self.blocks.release(request, now / PS_PER_S)
+                    self._running.remove(request)
+                self._left(request)
+                self.sink.finished(request, self.id, now)
+        self._advance()
+
+    def _drop_aborted(self, now: int) -> None:
+        """Rule 18."""
+        for request in self._aborts:
+            if request in self._running:
+                self._running.remove(request)
+                self.blocks.release(request, now / PS_PER_S)
+            elif not self._unqueue(request):
+                continue  # it ended before
+            for step in self._pipeline:
+                step.sampling.discard(request)
             self._left(request)
-            self.sink.finished(request, self.id, now)
-        self._begin()
+            self.sink.rejected(request, self.id, now, "aborted")
+        self._aborts.clear()
+
+    def _unqueue(self, request: Request) -> bool:
+        """Take a waiting request out of the queue; whether it was there."""
+        before = len(self._queue)
+        self._queue = [entry for entry in self._queue if entry[2] is not request]
+        heapify(self._queue)
+        return len(self._queue) < before
 
     # ------------------------------------------------------------------ rules 5 to 11
 
-    def _plan(self, now: int) -> None:
+    def _plan(self, now: int) -> Step:
         limits = self.limits
         left = limits.max_num_batched_tokens
         threshold = self._threshold()
-        planned: dict[Request, int] = {}
-        self._planned = planned
-        preempted = False
+        step = Step()
+        evicted = len(self.blocks.evicted)
         i = 0
         while i < len(self._running) and left > 0:
             request = self._running[i]
-            tokens = request.prompt_tokens + request.output_tokens - request.computed_tokens
+            flying = request.placeholders
+            end = request.prompt_tokens + request._true_output_tokens
+            if flying and request.computed_tokens + 2 - flying >= end:
+                i += 1  # its last token is in flight
+                continue
+            tokens = (
+                request.prompt_tokens + request.output_tokens + flying - request.computed_tokens
+            )
             if 0 < threshold < tokens:
                 tokens = threshold
             tokens = min(tokens, left)
-            while not self._allocate(request, tokens, [], now, admission=False):
-                preempted = True
+            while not self._allocate(step, request, tokens, [], now, admission=False):
                 if self.admission.preempts == "order":
                     victim = max(self._running, key=lambda r: (r.order, r.rank))
                 else:
@@ -216,26 +250,43 @@ class StepEngine(Engine):
                 place = self._running.index(victim)
                 del self._running[place]
                 i -= place < i
-                tokens_back = planned.pop(victim, 0)
-                left += tokens_back
+                left += step.scheduled.pop(victim, 0)
+                step.blocks.pop(victim, None)
+                step.preempted.append(victim)
                 self._preempt(victim, now)
                 if victim is request:
                     break
             else:
-                planned[request] = tokens
-                request.computed_tokens += tokens
+                step.scheduled[request] = tokens
                 left -= tokens
                 i += 1
                 continue
             break
-        if preempted:
-            return
+        if not step.preempted:
+            self._admit(step, left, threshold, now)
+        for request, tokens in step.scheduled.items():
+            step.before[request] = request.computed_tokens
+            if request.decoding or request.placeholders:
+                step.decodes.add(request)
+            request.computed_tokens += tokens
+            known = request.prompt_tokens + request.output_tokens + request.placeholders
+            if request.computed_tokens == known:
+                step.sampling.add(request)
+                request.placeholders += self._depth > 1
+        step.evicted = self.blocks.evicted[evicted:]
+        self.steps_done += bool(step.scheduled)
+        self.stepped(step)
+        return step
+
+    def _admit(self, step: Step, left: int, threshold: int, now: int) -> None:
+        """Rules 9 and 10."""
+        limits = self.limits
         while left > 0 and len(self._running) < limits.max_num_seqs:
             head = self._head(now)
             if head is None:
                 break
             total = head.prompt_tokens + head.output_tokens
-            hits = self._match(head, total) if limits.enable_prefix_caching else []
+            hits = self.blocks.match(head, total) if self._caching else []
             if hits and not self._plain_use:
                 hits = hits[: self._used_blocks(head, len(hits), now)]
             tokens = total - len(hits) * self.block_tokens
@@ -244,41 +295,43 @@ class StepEngine(Engine):
             if not limits.enable_chunked_prefill and tokens > left:
                 break
             tokens = min(tokens, left)
-            if not self._allocate(head, tokens, hits, now, admission=True):
+            if not self._allocate(step, head, tokens, hits, now, admission=True):
                 break
             heappop(self._queue)
             self._running.append(head)
-            head.computed_tokens = len(hits) * self.block_tokens + tokens
-            planned[head] = tokens
+            (step.resumed if head.preemptions else step.new).append(head)
+            step.hits[head] = head.computed_tokens = len(hits) * self.block_tokens
+            step.scheduled[head] = tokens
             left -= tokens
 
     def _preempt(self, victim: Request, now: int) -> None:
         """Rule 8."""
-        self._free(victim, now)
+        for step in self._pipeline:
+            if victim in step.scheduled:
+                step.stale.add(victim)
+        self.blocks.release(victim, now / PS_PER_S)
         victim.computed_tokens = 0
+        victim.placeholders = 0
         victim.decoding = False
         victim.preemptions += 1
         self.preempted += 1
         self.changes += 1
         self._enqueue(victim, now)
 
-    # ------------------------------------------------------------------ rules 12 to 16
-
-    def _match(self, request: Request, total: int) -> list[Block]:
-        hits: list[Block] = []
-        for depth in range((total - 1) // self.block_tokens):
-            copies = self._known.get(_ident(request, depth))
-            if not copies:
-                break
-            hits.append(copies[0])
-        return hits
-
     def _allocate(
-        self, request: Request, tokens: int, hits: list[Block], now: int, *, admission: bool
+        self,
+        step: Step,
+        request: Request,
+        tokens: int,
+        hits: list[Block],
+        now: int,
+        *,
+        admission: bool,
     ) -> bool:
-        size = self.block_tokens
-        held = self._held.get(request, [])
-        free = self.free_blocks() - sum(block.refs == 0 for block in hits)
+        """Rules 13 to 15; ``False`` if there are not enough blocks."""
+        size, blocks = self.block_tokens, self.blocks
+        held = 0 if admission else len(blocks.held[request])
+        free = blocks.free - sum(block.refs == 0 for block in hits)
         if admission and self._running:
             free -= self._watermark
         total = request.prompt_tokens + request.output_tokens
@@ -286,7 +339,7 @@ class StepEngine(Engine):
         if reserve and -(-total // size) - len(hits) > free:
             return False
         computed = len(hits) * size if admission else request.computed_tokens
-        need = max(-(-(computed + tokens) // size) - len(held) - len(hits), 0)
+        need = max(-(-(computed + tokens) // size) - held - len(hits), 0)
         if need > free:
             return False
         now_s = now / PS_PER_S
@@ -296,76 +349,20 @@ class StepEngine(Engine):
                 request.cached_tokens = computed
                 if not self._plain_retain:
                     request.retain_blocks = self._retained_blocks(request, now)
-            for block in hits:
-                if block.refs == 0:
-                    self._idle.remove(block)
-                    self.eviction.remove(block, now_s)
-                block.refs += 1
-                block.hits += 1
-                if request.slo.ttft_s < block.slo.ttft_s:
-                    block.slo = request.slo
-                block.next_use_s = _future_s(request, block.depth)
-            held = self._held[request] = list(hits)
-            request.stored = len(hits)
-        self._take(need, now_s)
-        held += [None] * need
-        if self.limits.enable_prefix_caching:
-            full = min(computed + tokens, total) // size
-            for depth in range(request.stored, min(full, request.retain_blocks)):
-                block = Block(self, _ident(request, depth), depth, request)
-                held[depth] = block
-                self._known.setdefault(block.hash, []).append(block)
-                request.stored = depth + 1
+            blocks.claim(request, hits, now_s)
+        blocks.take(request, need, now_s)
+        if need or admission:
+            given = blocks.held[request][held:]
+            step.blocks[request] = [b if isinstance(b, int) else b.id for b in given]
+        if self._caching:
+            blocks.store(request, min(computed + tokens, total))
         return True
-
-    def _take(self, blocks: int, now_s: float) -> None:
-        for _ in range(blocks):
-            if self._blank:
-                self._blank -= 1
-                continue
-            victims = self.eviction.victims(1, now_s)
-            block = victims[0] if isinstance(victims, Sequence) and victims else None
-            if block not in self._idle:
-                raise PolicyError(
-                    f"{_name(self.eviction)}.victims(1, now={now_s}) answered {victims!r}; "
-                    f"a sequence of blocks that nobody uses was expected"
-                )
-            assert isinstance(block, Block)
-            self._idle.remove(block)
-            self.eviction.remove(block, now_s)
-            self._known[block.hash].remove(block)
-            if not self._known[block.hash]:
-                del self._known[block.hash]
-            self.evicted.append(block.hash)
-
-    def _free(self, request: Request, now: int) -> None:
-        now_s = now / PS_PER_S
-        for block in reversed(self._held.pop(request)):
-            if block is None:
-                self._blank += 1
-                continue
-            block.refs -= 1
-            if block.refs == 0:
-                block.used_s = now_s
-                self._idle.add(block)
-                self.eviction.add(block, now_s)
-        request.stored = 0
 
     # ------------------------------------------------------------------ checking
 
     def cached(self) -> dict[int, int]:
         """How many copies of each block id are cached."""
-        return {ident: len(copies) for ident, copies in self._known.items()}
+        return {ident: len(copies) for ident, copies in self.blocks.known.items()}
 
     def audit(self) -> None:
-        cached = [block for copies in self._known.values() for block in copies]
-        assert {b for b in cached if not b.refs} == self._idle
-        used = sum(1 for block in cached if block.refs)
-        loose = sum(held.count(None) for held in self._held.values())
-        assert self._blank + len(self._idle) + used + loose == self.total
-        users: dict[Block, int] = {}
-        for held in self._held.values():
-            for block in held:
-                if block is not None:
-                    users[block] = users.get(block, 0) + 1
-        assert all(users.get(block, 0) == block.refs for block in cached)
+        self.blocks.audit(self.total)

@@ -288,7 +288,7 @@ def _create(kind: str, *, name: str | type, **parameters: Any) -> Any:
 def _victims(engine: FastEngine | StepEngine) -> list[int]:
     """Ids of evicted blocks in order."""
     if isinstance(engine, StepEngine):
-        return engine.evicted
+        return [block.hash for block in engine.blocks.evicted]
     assert engine.pool.log is not None
     return [
         ident
