@@ -30,6 +30,7 @@ class Batching(Engine):
         "_due_heap",
         "_fragile",
         "_lead",
+        "_limbo",
         "_phase",
         "_prefilling",
         "_running",
@@ -58,6 +59,8 @@ class Batching(Engine):
         """Prompts that the step in progress completes, in order."""
         self._stalled: list[Request] = []
         """Decoders that the step in progress leaves out (only after a preemption by order)."""
+        self._limbo: dict[Request, bool] = {}
+        """Requests whose last token is in flight (asynchronous scheduling only; see there)."""
         self._fragile = False
         """The head of the queue may become admissible without a change."""
         self._step = 0
@@ -211,6 +214,9 @@ class Batching(Engine):
         i = 0
         while i < len(order) and left > 0:
             request = order[i]
+            if request in self._limbo:
+                i += 1
+                continue
             if request.decoding:
                 kv = self._kv(request)
                 chunk, need = 1, int(kv % tokens == 0)
@@ -258,22 +264,10 @@ class Batching(Engine):
 
     def _preempt(self, victim: Request, planned: int, prefills: Prefills) -> None:
         """Take everything from a running request and put it back into the queue (rule 8)."""
-        tokens = self.block_tokens
-        if victim.decoding:
-            self._leave(victim)
-            self._drop_due(victim)
-            kv = victim.computed_tokens + planned
-            victim.blocks = -(-kv // tokens)
-        else:
-            kv = victim.computed_tokens
-            if planned:
-                prefills.remove((planned, victim.computed_tokens - planned))
-                if victim in self._completing:
-                    self._completing.remove(victim)
-            self._prefilling.pop(victim, None)
+        known = self._strip(victim, planned, prefills)
         now = self.env._now
         if self._caching:
-            self.pool.store(victim, kv // tokens)
+            self.pool.store(victim, known // self.block_tokens)
         self.pool.release(victim, victim.blocks, now / PS_PER_S)
         victim.blocks = 0
         victim.computed_tokens = 0
@@ -283,12 +277,50 @@ class Batching(Engine):
         del self._running[victim]
         self._enqueue(victim, now)
 
+    def _strip(self, victim: Request, planned: int, prefills: Prefills) -> int:
+        """Take a request out of the step; its full blocks of so many tokens have a hash."""
+        if victim.decoding:
+            self._leave(victim)
+            self._drop_due(victim)
+            kv = victim.computed_tokens + planned
+            victim.blocks = -(-kv // self.block_tokens)
+            return kv
+        if planned:
+            prefills.remove((planned, victim.computed_tokens - planned))
+            if victim in self._completing:
+                self._completing.remove(victim)
+        self._prefilling.pop(victim, None)
+        return victim.computed_tokens
+
     def _finish(self, request: Request, now: int) -> None:
-        full = request.computed_tokens // self.block_tokens if self._caching else 0
-        self.pool.retire(request, full, request.blocks, now / PS_PER_S)
-        del self._running[request]
+        self._give_up(request, request.computed_tokens, now)
         self._left(request)
         self.sink.finished(request, self.id, now)
+
+    def _withdraw(self, request: Request, now_ps: int) -> bool:
+        if request not in self._running:
+            return False
+        if request.decoding:
+            self._leave(request)
+            self._drop_due(request)
+            request.blocks = -(-request.computed_tokens // self.block_tokens)
+        else:
+            self._forget(request)
+        self._give_up(request, request.computed_tokens, now_ps)
+        return True
+
+    def _forget(self, request: Request) -> None:
+        """Take a request that does not decode out of the step in progress."""
+        self._prefilling.pop(request, None)
+        for group in (self._completing, self._stalled):
+            if request in group:
+                group.remove(request)
+
+    def _give_up(self, request: Request, known: int, now_ps: int) -> None:
+        """The request leaves for good; full blocks of ``known`` tokens have a hash."""
+        full = known // self.block_tokens if self._caching else 0
+        self.pool.retire(request, full, request.blocks, now_ps / PS_PER_S)
+        del self._running[request]
 
     # ------------------------------------------------------------------ checking
 

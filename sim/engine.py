@@ -149,10 +149,24 @@ class FastEngine(Batching):
         ):
             # It (or the head, by its mere presence) could be admitted at the next step. Otherwise
             # it stands behind a head that stays blocked: inside a run blocks only get fewer.
-            steps = self._boundary(now)
-            if steps < self._count:
-                self._count = steps
-                self._schedule(self._on_end, self._start_ps + self._elapsed(steps) - now)
+            self._cut(now)
+
+    def abort(self, request: Request) -> None:
+        """The client of a request that has not ended goes away (rule 18)."""
+        now = self.env._now
+        self._aborts.append(request)
+        if self._count == 0:
+            self._wake_ps = now
+            self._schedule(self._on_wake, 0)
+        elif self._count > 1:
+            self._cut(now)
+
+    def _cut(self, now_ps: int) -> None:
+        """End the flight with the step in progress."""
+        steps = self._boundary(now_ps)
+        if steps < self._count:
+            self._count = steps
+            self._schedule(self._on_end, self._start_ps + self._elapsed(steps) - now_ps)
 
     def _schedule(self, timer: Timer, delay_ps: int) -> None:
         """Arm one of the engine's timers."""
@@ -162,6 +176,7 @@ class FastEngine(Batching):
         heappush(env._queue, (env._now + delay_ps, self._priority, serial, timer))
 
     def _wake(self, timer: Timer) -> None:
+        self._drop_aborted(self.env._now)
         self._begin()
 
     # ------------------------------------------------------------------ time inside a flight
@@ -214,15 +229,19 @@ class FastEngine(Batching):
 
     def _fold(self, steps: int) -> None:
         """Account for the start of ``steps`` more steps of the flight."""
-        tokens = self.block_tokens
         if self._opening:
             self._open()
-            need = self._phase[-self._step % tokens]
+            need = self._phase[-self._step % self.block_tokens]
             if need:
                 self.pool.take(need)
             steps -= 1
             if not steps:
                 return
+        self._fold_alike(steps)
+
+    def _fold_alike(self, steps: int) -> None:
+        """``_fold`` for steps that are like the one before them."""
+        tokens = self.block_tokens
         cycles, rest = divmod(steps, tokens)
         need = cycles * self._decodes
         if rest:  # those whose turn comes in the next `rest` steps stand side by side
@@ -384,18 +403,7 @@ class FastEngine(Batching):
             first, slope, count = self.steps.decode_run(decodes, self._context + decodes)
             self._first_ps, self._slope_ps = first, slope
             # After a preemption nobody was admitted, so the next step must look at the queue.
-            if preempted or self._fragile:
-                count = 1
-            else:
-                heap, due = self._due_heap, self._due
-                while not due.get(heap[0]):  # a bucket that a preemption emptied
-                    due.pop(heappop(heap), None)
-                count = min(count, heap[0] - self._step)
-                if (count // self.block_tokens + 1) * decodes > self.pool.free:
-                    count = self._until_blocks_run_out(count)
-                if self._queue and count > 1 and not self._plain_admission:
-                    count = self._until_asked_again(count)
-            self._count = count
+            self._count = count = 1 if preempted or self._fragile else self._until_change(count)
             duration = count * first + slope * (count * (count - 1) // 2)
         else:
             self._count = 0
@@ -414,6 +422,18 @@ class FastEngine(Batching):
         until = self._deferred_until_ps()
         if until is not None:
             self._schedule(self._on_wake, until - now)
+
+    def _until_change(self, count: int) -> int:
+        """How many of ``count`` decode steps are alike."""
+        heap, due = self._due_heap, self._due
+        while not due.get(heap[0]):  # a bucket that a preemption emptied
+            due.pop(heappop(heap), None)
+        count = min(count, heap[0] - self._step)
+        if (count // self.block_tokens + 1) * self._decodes > self.pool.free:
+            count = self._until_blocks_run_out(count)
+        if self._queue and count > 1 and not self._plain_admission:
+            count = self._until_asked_again(count)
+        return count
 
     def _until_blocks_run_out(self, count: int) -> int:
         """How many of ``count`` decode steps have blocks; those of the first are taken already."""
@@ -527,6 +547,8 @@ class FastEngine(Batching):
         self._count = 0
         self._step = step = self._step + 1
         self._context += self._decodes
+        if self._aborts:
+            self._drop_aborted(now)
         heap = self._due_heap
         ended: list[Request] | None = None
         if heap and heap[0] <= step:

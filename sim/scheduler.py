@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf, isnan
 from struct import Struct
 from typing import Protocol
@@ -96,6 +96,7 @@ class Engine(ABC):
     # Slots, because CPython shares the keys of an instance's dict for 30 attributes at most, and
     # every access to an object with more is slower (the whole engine by 1.7 times).
     __slots__ = (
+        "_aborts",
         "_answer",
         "_arrivals",
         "_asked",
@@ -174,6 +175,8 @@ class Engine(ABC):
         self._most = limits.max_num_seqs
         self._caching = limits.enable_prefix_caching
         self._queue: list[tuple[float, int, Request]] = []
+        self._aborts: list[Request] = []
+        """Requests whose client went away during the step in progress."""
         self._arrivals = 0
         self._seats = 0
         self._watermark = int(limits.watermark * (blocks + 1))
@@ -255,6 +258,25 @@ class Engine(ABC):
         self.changes += 1
         if self.changed is not None:
             self.changed(self)
+
+    def _unqueue(self, request: Request) -> bool:
+        """Take a waiting request out of the queue; whether it was there."""
+        before = len(self._queue)
+        self._queue = [entry for entry in self._queue if entry[2] is not request]
+        heapify(self._queue)
+        return len(self._queue) < before
+
+    def _drop_aborted(self, now_ps: int) -> None:
+        """Let go of the aborted requests that have not ended (rule 18)."""
+        for request in self._aborts:
+            if self._withdraw(request, now_ps) or self._unqueue(request):
+                self._left(request)
+                self.sink.rejected(request, self.id, now_ps, "aborted")
+        self._aborts.clear()
+
+    @abstractmethod
+    def _withdraw(self, request: Request, now_ps: int) -> bool:
+        """Take a running request out of the batch and free its blocks; whether it was there."""
 
     # ------------------------------------------------------------------ asking policies
 

@@ -23,6 +23,7 @@ from policies.api import (
 )
 from policies.factories import build
 from policies.recorder import Decision, recorded
+from sim.ahead import AheadEngine
 from sim.arrivals import requests_of, turns_of
 from sim.backend import Deployment
 from sim.clock import ARRIVAL, Clock, Timer
@@ -185,7 +186,8 @@ class _Run:
             if self.oracle is None:
                 self.oracle = TraceOracle(self.trace, self.chains)
             eviction.attach_oracle(self.oracle)
-        kind = FastEngine if simulator.mode == "fast" else StepEngine
+        fast = AheadEngine if deployment.limits.async_scheduling else FastEngine
+        kind = fast if simulator.mode == "fast" else StepEngine
         return kind(
             self.env,
             ident,

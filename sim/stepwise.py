@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass, field
-from heapq import heapify, heappop
+from heapq import heappop
 
 from policies.api import EvictionPolicy, RequestView, Tier
 from sim.blocks import Block, Blocks
@@ -47,7 +47,6 @@ class StepEngine(Engine):
     """One instance, step by step."""
 
     __slots__ = (
-        "_aborts",
         "_depth",
         "_on_end",
         "_on_wake",
@@ -73,7 +72,6 @@ class StepEngine(Engine):
         self._pipeline: deque[Step] = deque()
         """Steps that were scheduled and have not ended; the first one executes."""
         self._stepping = False
-        self._aborts: list[Request] = []
         self._on_wake = Timer(self._wake)
         self._on_end = Timer(self._end)
 
@@ -199,26 +197,14 @@ class StepEngine(Engine):
                 self.sink.finished(request, self.id, now)
         self._advance()
 
-    def _drop_aborted(self, now: int) -> None:
-        """Rule 18."""
-        for request in self._aborts:
-            if request in self._running:
-                self._running.remove(request)
-                self.blocks.release(request, now / PS_PER_S)
-            elif not self._unqueue(request):
-                continue  # it ended before
-            for step in self._pipeline:
-                step.sampling.discard(request)
-            self._left(request)
-            self.sink.rejected(request, self.id, now, "aborted")
-        self._aborts.clear()
-
-    def _unqueue(self, request: Request) -> bool:
-        """Take a waiting request out of the queue; whether it was there."""
-        before = len(self._queue)
-        self._queue = [entry for entry in self._queue if entry[2] is not request]
-        heapify(self._queue)
-        return len(self._queue) < before
+    def _withdraw(self, request: Request, now_ps: int) -> bool:
+        for step in self._pipeline:
+            step.sampling.discard(request)
+        if request not in self._running:
+            return False
+        self._running.remove(request)
+        self.blocks.release(request, now_ps / PS_PER_S)
+        return True
 
     # ------------------------------------------------------------------ rules 5 to 11
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from simpy.events import Timeout
 
 from policies.api import PDPolicy, Slo
 from policies.registry import create, policy_set
+from sim.ahead import AheadEngine
 from sim.clock import Clock
 from sim.cluster import Cluster
 from sim.engine import FastEngine
@@ -66,6 +67,8 @@ class Case:
     routing: str
     signal_age_s: float
     requests: list[dict[str, Any]] = field(default_factory=list)
+    aborts_ps: dict[int, int] = field(default_factory=dict)
+    """When the clients of some requests go away."""
 
 
 def random_case(seed: int) -> Case:
@@ -175,6 +178,14 @@ def random_case(seed: int) -> Case:
                 "slo": rng.choice(SLOS),
             }
         )
+    if more.random() < 0.3:
+        for row in case.requests:
+            if more.random() < 0.2:
+                delay = int(more.expovariate(1.0) * case.steps.prefill_ps(longest_prompt, 0) * 9)
+                delay -= delay % 10**9 if tie else 0
+                case.aborts_ps[row["index"]] = row["arrival_ps"] + delay
+    if more.random() < 0.3:
+        case.limits = replace(limits, async_scheduling=True)
     case.requests.sort(key=lambda request: request["arrival_ps"])
     return case
 
@@ -217,13 +228,15 @@ class Stage:
         for row in case.requests:
             self.at(row["arrival_ps"], partial(self._arrive, row))
 
-    def at(self, when_ps: int, call: Callable[[], None]) -> None:
-        """Do something at a time of the run, before the step ends of that instant."""
-        timeout = Timeout(self.env, when_ps)
+    def at(self, delay_ps: int, call: Callable[[], None]) -> None:
+        """Do something after a delay, before the step ends of that instant."""
+        timeout = Timeout(self.env, delay_ps)
         timeout.callbacks.append(lambda event: call())
 
     def _engine(self, kind: Kind, ident: int) -> FastEngine | StepEngine:
         case = self.case
+        if kind is FastEngine and case.limits.async_scheduling:
+            kind = AheadEngine
         engine = kind(
             self.env, ident, case.limits, case.blocks, case.max_model_len, case.steps,
             _create("admission", **case.admission), _create("reuse", **case.reuse),
@@ -235,7 +248,14 @@ class Stage:
 
     def _arrive(self, row: dict[str, Any]) -> None:
         self.arrived += 1
-        self.cluster.submit(Request(**row))
+        request = Request(**row)
+        self.cluster.submit(request)
+        if (abort_ps := self.case.aborts_ps.get(request.index)) is not None:
+            self.at(abort_ps - self.env._now, partial(self._abort, request))
+
+    def _abort(self, request: Request) -> None:
+        for engine in self.engines:  # those that do not have it do nothing
+            engine.abort(request)
 
     def play(self, looks_ps: Sequence[int] = ()) -> dict[str, Any]:
         """Run the case, checking conservation (I1) and blocks (I2) at the given times.
