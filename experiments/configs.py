@@ -46,6 +46,17 @@ class Slo:
 
 
 @dataclass
+class Live:
+    """Of ``backend=vllm``; see ``validate.vllm_backend.VllmBackend``."""
+
+    model: str | None = None
+    options: list[Any] = field(default_factory=list)
+    """Mappings from names of options to values; a list, because keys cannot be added here."""
+    timeout_s: float | None = None
+    max_lateness_s: float = 0.05
+
+
+@dataclass
 class Run:
     """The types of ``conf/config.yaml``; groups bring their own."""
 
@@ -58,6 +69,8 @@ class Run:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    backend: str = "sim"
+    live: Live = field(default_factory=Live)
     signal_age_s: float = 0.0
     mode: str = "fast"
     seed: int = 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from experiments.composing import ConfigError, compose, overrides_of, resolved
 from experiments.configs import PACKAGED
 from policies.api import PolicySet
+from policies.parameters import nearest
 from policies.registry import UnknownPolicy, load_module, lookup, policy_set
 from sim.backend import Deployment
 from sim.hardware import load_chip
@@ -28,6 +29,9 @@ from sim.simulator import Simulator
 from traces import Trace, TraceError, generate, read
 from traces.slo import assign_slo
 
+if TYPE_CHECKING:
+    from validate.vllm_backend import VllmBackend
+
 __all__ = ["ConfigError", "compose", "rerun", "resolved", "run", "simulate", "trace_of"]
 
 Progress = Callable[[int, int], None]
@@ -37,8 +41,11 @@ Progress = Callable[[int, int], None]
 def simulate(config: DictConfig, *, progress: Progress | None = None) -> Result:
     """Serve the configuration's trace on its engines under its policies.
 
+    With ``backend=vllm`` the engines are real ones.
+
     Raises:
         ConfigError: the configuration makes no sense.
+        LiveError: vLLM is missing or does not start.
         TraceError: the trace cannot be read or cut as asked.
         ProfileError: no such chip or model, or the model does not fit.
         PolicyError: a policy broke its contract.
@@ -50,7 +57,11 @@ def run(config: DictConfig, out: str | Path, *, progress: Progress | None = None
     """``simulate``, saved as a run folder with the resolved configuration; errors as there."""
     check_target(Path(out))
     values = resolved(config)
-    return _simulate(values, progress).save(out, config=values)
+    result = _simulate(values, progress)
+    folder = result.save(out, config=values)
+    if (result.requests["state"] == "cancelled").any():
+        raise KeyboardInterrupt  # what there was is saved; a sweep must not go on
+    return folder
 
 
 def rerun(
@@ -72,16 +83,41 @@ def trace_of(config: DictConfig) -> Trace:
 def _simulate(values: Mapping[str, Any], progress: Progress | None) -> Result:
     for module in values["policy_modules"]:
         load_module(module)
-    simulator = Simulator(
-        _deployment(values),
+    backend = _backend(values)
+    policies = _policies(values["policies"])
+    return backend.serve(_trace(values), policies, seed=values["seed"], progress=progress)
+
+
+def _backend(values: Mapping[str, Any]) -> Simulator | VllmBackend:
+    deployment, live = _deployment(values), values["live"]
+    if values["backend"] == "vllm":
+        from validate.vllm_backend import VllmBackend  # noqa: PLC0415 - only live runs need it
+
+        options: dict[str, Any] = {}
+        for part in live["options"]:
+            if not isinstance(part, Mapping):
+                raise ConfigError(f"live.options: {part!r} is no mapping such as {{dtype: float16}}")
+            options |= part
+        if values["record_decisions"]:
+            raise ConfigError("record_decisions: policies of live engines run elsewhere; use sim")
+        return VllmBackend(
+            deployment,
+            model=live["model"],
+            engine_options=options,
+            timeout_s=live["timeout_s"],
+            max_lateness_s=live["max_lateness_s"],
+            record_runs=values["record_runs"],
+        )
+    if values["backend"] != "sim":
+        raise ConfigError(nearest("backend", values["backend"], ("sim", "vllm")))
+    deployment.max_model_len()  # fails before a long trace is read
+    return Simulator(
+        deployment,
         signal_age_s=values["signal_age_s"],
         mode=values["mode"],
         record_runs=values["record_runs"],
         record_decisions=values["record_decisions"],
     )
-    policies = _policies(values["policies"])
-    simulator.deployment.max_model_len()  # fails before a long trace is read
-    return simulator.serve(_trace(values), policies, seed=values["seed"], progress=progress)
 
 
 def _deployment(values: Mapping[str, Any]) -> Deployment:

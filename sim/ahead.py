@@ -113,13 +113,7 @@ class AheadEngine(FastEngine):
                 )
             )
             if lead_ps and alone and self._prefilling and left == 0 and not self._limited:
-                self._count = 1
-                self._extend_chunks(duration)
-                count = self._count
-                if self._ends is not None:
-                    ends: list[int] = self._ends
-                    self._durations = [b - a for a, b in zip([0, *ends], ends, strict=False)]
-                    self._ends = [lead_ps, *(lead_ps + end for end in ends[:-1])]
+                count = self._plan_chunks(duration)
         elif decodes:
             self._first_ps, self._slope_ps, count = self.steps.decode_run(
                 decodes, self._context + decodes
@@ -135,6 +129,16 @@ class AheadEngine(FastEngine):
         else:
             self._count = 0
             self._sleep(now)
+
+    def _plan_chunks(self, first_ps: int) -> int:
+        """Plan on over the full-budget chunks of the one prompt in progress; how many steps."""
+        self._count = 1
+        self._extend_chunks(first_ps)
+        if self._ends is not None:
+            ends, lead_ps = self._ends, self._open_ps
+            self._durations = [b - a for a, b in zip([0, *ends], ends, strict=False)]
+            self._ends = [lead_ps, *(lead_ps + end for end in ends[:-1])]
+        return self._count
 
     def _proceed(self, step: tuple[int, int, int], now: int) -> None:
         """A planned step begins to execute; plan the next."""

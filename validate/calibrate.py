@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from sim.latency import PS_PER_S, AffineStepModel, Batch
 from sim.scheduler import EngineLimits
@@ -296,6 +295,8 @@ def _solve(features: Floats, times: Floats, weights: Floats) -> Floats:
 
     Dividing by measured times would give those that happen to be short more weight.
     """
+    from scipy.optimize import nnls  # noqa: PLC0415 - slow to import, and only needed here
+
     divisor = times
     constants = np.zeros(features.shape[1])
     scale = np.maximum(features.max(axis=0), 1e-300)  # columns differ by ten orders of magnitude

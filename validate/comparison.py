@@ -370,8 +370,8 @@ def _draw_cdfs(ax: Any, metric: str, simulated: Floats, live: Sequence[Floats]) 
     ax.set_xscale("log")
     ax.set_ylim(0, 1.02)
     ax.set_xlabel(f"{metric} (ms)")
-    ax.set_ylabel("share of requests that were faster")
-    ax.legend(frameon=False, loc="upper left")
+    ax.set_ylabel("share of requests")
+    ax.legend(frameon=False, loc="lower right")
     _finish(ax, "x")
 
 
