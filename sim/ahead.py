@@ -204,17 +204,22 @@ class AheadEngine(FastEngine):
                 self._left(request)
                 self.sink.finished(request, self.id, now)
 
+    def _hashed(self, request: Request, kv_tokens: int, planned: int) -> int:
+        """As there. A token in flight has no hash yet: blocks are hashed when it arrives."""
+        if request in self._rested:
+            return kv_tokens + planned
+        return kv_tokens if request in self._fresh else kv_tokens + planned - 1
+
     # ------------------------------------------------------------------ leaving early
 
     def _strip(self, victim: Request, planned: int, prefills: Prefills) -> int:
-        """As there. A token in flight has no hash yet: blocks are hashed when it arrives."""
+        """As there; who has a token in flight gets it in the queue."""
         if victim in self._limbo:
             known = victim.computed_tokens - (not self._limbo.pop(victim))
         elif victim.decoding:
             known = super()._strip(victim, planned, prefills)
             if victim in self._rested:
                 return known
-            known -= planned if victim in self._fresh else 1
         else:
             return super()._strip(victim, planned, prefills)
         victim.output_tokens -= 1

@@ -36,6 +36,7 @@ class Batching(Engine):
         "_running",
         "_stalled",
         "_step",
+        "_tellers",
         "eviction",
         "pool",
     )
@@ -59,6 +60,8 @@ class Batching(Engine):
         """Prompts that the step in progress completes, in order."""
         self._stalled: list[Request] = []
         """Decoders that the step in progress leaves out (only after a preemption by order)."""
+        self._tellers: dict[Request, None] = {}
+        """Decoders whose answer others may know: its blocks must be stored before one matches."""
         self._limbo: dict[Request, bool] = {}
         """Requests whose last token is in flight (asynchronous scheduling only; see there)."""
         self._fragile = False
@@ -103,12 +106,16 @@ class Batching(Engine):
             heappush(self._due_heap, due)
         else:
             bucket.append(request)
+        if request.stored < request.chain_blocks and self._caching:
+            self._tellers[request] = None
         request.longest_key = key = step - kv
         if self._decodes == 1 or (self._lead is not None and key < self._lead):
             self._lead = key
 
     def _leave(self, request: Request) -> None:
         """The request no longer decodes; brings its counters up to date."""
+        if self._tellers:
+            self._tellers.pop(request, None)
         kv = self._kv(request)
         request.computed_tokens = kv
         request.output_tokens = kv + 1 - request.prompt_tokens
@@ -148,12 +155,36 @@ class Batching(Engine):
         blocks = request.computed_tokens // self.block_tokens
         self.pool.store(request, min(blocks, request.chain_blocks))
 
+    def _tell(self, planned: int) -> None:
+        """Store what is hashed by now of answers that others may know, in the order of hashing.
+
+        Args:
+            planned: 1 if the decoders are scheduled for ``_step``, 0 before that.
+        """
+        tokens = self.block_tokens
+        ready: list[tuple[int, int, int, Request]] = []
+        for request in self._tellers:
+            kv = self._kv(request)
+            blocks = min(self._hashed(request, kv, planned) // tokens, request.chain_blocks)
+            ready += [
+                ((block + 1) * tokens - kv, request.seat, block, request)
+                for block in range(request.stored, blocks)
+            ]
+        for _, _, block, request in sorted(ready):
+            self.pool.store(request, block + 1)
+
+    def _hashed(self, request: Request, kv_tokens: int, planned: int) -> int:
+        """Of how many tokens of a decoder the full blocks have a hash."""
+        return kv_tokens + planned
+
     def _admit(self, left: int, threshold: int, prefills: Prefills) -> int:
         """Admit from the head of the queue while the budget lasts (rules 9, 10, 12-15)."""
         limits, pool, tokens = self.limits, self.pool, self.block_tokens
         now = self.env._now
         now_s = now / PS_PER_S
         running = self._running
+        if self._tellers:
+            self._tell(1)
         while left > 0 and len(running) < self._most:
             request = self._head(now)
             if request is None:
@@ -178,9 +209,10 @@ class Batching(Engine):
             if need > free or (
                 limits.scheduler_reserve_full_isl and -(-total // tokens) - hit > free
             ):
-                # Inside a run free blocks only get fewer, so a blocked head stays blocked; only
-                # without the reservation may losing some of its cached prefix make it fit.
-                self._fragile = idle > 0 and not limits.scheduler_reserve_full_isl
+                # Inside a run free blocks only get fewer, so a blocked head stays blocked; unless
+                # it has no reservation and loses some of its cached prefix, or gains some of it.
+                losing = idle > 0 and not limits.scheduler_reserve_full_isl
+                self._fragile = losing or bool(self._tellers)
                 break
             heappop(self._queue)
             self._seats += 1
@@ -264,6 +296,8 @@ class Batching(Engine):
 
     def _preempt(self, victim: Request, planned: int, prefills: Prefills) -> None:
         """Take everything from a running request and put it back into the queue (rule 8)."""
+        if self._tellers:
+            self._tell(0)
         known = self._strip(victim, planned, prefills)
         now = self.env._now
         if self._caching:
@@ -282,9 +316,9 @@ class Batching(Engine):
         if victim.decoding:
             self._leave(victim)
             self._drop_due(victim)
-            kv = victim.computed_tokens + planned
-            victim.blocks = -(-kv // self.block_tokens)
-            return kv
+            kv = victim.computed_tokens
+            victim.blocks = -(-(kv + planned) // self.block_tokens)
+            return self._hashed(victim, kv, planned)
         if planned:
             prefills.remove((planned, victim.computed_tokens - planned))
             if victim in self._completing:
@@ -318,6 +352,8 @@ class Batching(Engine):
 
     def _give_up(self, request: Request, known: int, now_ps: int) -> None:
         """The request leaves for good; full blocks of ``known`` tokens have a hash."""
+        if self._tellers:
+            self._tell(0)
         full = known // self.block_tokens if self._caching else 0
         self.pool.retire(request, full, request.blocks, now_ps / PS_PER_S)
         del self._running[request]

@@ -98,7 +98,7 @@ class FastEngine(Batching):
         assert isinstance(request, Request)
         if not self._caching:
             return 0
-        self.sync()
+        self._look()
         limit = (request.prompt_tokens - 1) // self.block_tokens
         return self.pool.match(request, limit)[1] * self.block_tokens
 
@@ -115,7 +115,7 @@ class FastEngine(Batching):
 
     def published(self) -> Container[int]:
         """Ids of the blocks that are cached now; what an earlier call returned changes too."""
-        self.sync()
+        self._look()
         self.pool.settle()
         copies = self._published
         assert self.pool.log is not None
@@ -129,6 +129,12 @@ class FastEngine(Batching):
                     copies[ident] -= 1
         self.pool.log.clear()
         return copies
+
+    def _look(self) -> None:
+        """Bring the cache up to date for somebody who looks at its content."""
+        self.sync()
+        if self._tellers:
+            self._tell(1)
 
     # ------------------------------------------------------------------ arrivals
 

@@ -109,7 +109,11 @@ class Request:
         self.prompt_blocks = first
         """Full blocks of the prompt whose content the trace knows."""
         for start, count in answer:
-            runs.append((first, start, count))
+            if runs and sum(runs[-1][1:]) == start:  # goes on: one run
+                index, begin, before = runs[-1]
+                runs[-1] = (index, begin, before + count)
+            else:
+                runs.append((first, start, count))
             first += count
         runs.append((first, (-(index + 1) << PRIVATE_BITS) + first, ENDLESS - first))
         self.runs = runs

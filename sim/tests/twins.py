@@ -185,6 +185,12 @@ def random_case(seed: int) -> Case:
                 delay -= delay % 10**9 if tie else 0
                 case.aborts_ps[row["index"]] = row["arrival_ps"] + delay
     if more.random() < 0.3:
+        for row in case.requests:  # an answer that goes on with a document others ask about
+            prompt, blocks = row["prompt_tokens"], sum(count for _, count in row["chain"])
+            if len(row["chain"]) == 1 and blocks == prompt // tokens:
+                answer = (prompt + row["output_tokens"]) // tokens - blocks
+                row["answer"] = [(row["chain"][0][0] + blocks, answer)] if answer else []
+    if more.random() < 0.3:
         case.limits = replace(limits, async_scheduling=True)
     case.requests.sort(key=lambda request: request["arrival_ps"])
     return case
