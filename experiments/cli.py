@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from experiments import listings
+from experiments import listings, live
 from experiments.listings import print_json
 from experiments.options import AsJson, BlockTokens, Format, Limit, Modules, Quiet, TimeUnit
 
@@ -292,7 +292,9 @@ def _config_of(folder: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-for _command in (listings.chips, listings.models, listings.policies):
+for _command in (
+    live.validate, live.parity, live.front, listings.chips, listings.models, listings.policies,
+):  # fmt: skip
     app.command()(_command)
 app.add_typer(listings.traces_app, name="traces")
 

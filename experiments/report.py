@@ -139,8 +139,10 @@ def notes(result: Result) -> list[str]:
 
 
 def warnings(result: Result) -> list[str]:
-    """What a reader of the figures must know: chips whose data is not to be trusted."""
-    return [f"chip {result.meta['chip']}: {text}" for text in result.meta.get("warnings", ())]
+    """What a reader of the figures must know: data not to be trusted, runs that went wrong."""
+    simulated = result.meta.get("backend") == "sim"
+    about = f"chip {result.meta['chip']}: " if simulated else ""
+    return [about + text for text in result.meta.get("warnings", ())]
 
 
 def _title(results: Mapping[str, Result]) -> str:

@@ -96,7 +96,9 @@ def _backend(values: Mapping[str, Any]) -> Simulator | VllmBackend:
         options: dict[str, Any] = {}
         for part in live["options"]:
             if not isinstance(part, Mapping):
-                raise ConfigError(f"live.options: {part!r} is no mapping such as {{dtype: float16}}")
+                raise ConfigError(
+                    f"live.options: {part!r} is no mapping such as {{dtype: float16}}"
+                )
             options |= part
         if values["record_decisions"]:
             raise ConfigError("record_decisions: policies of live engines run elsewhere; use sim")

@@ -217,7 +217,7 @@ def fit_steps(steps: Sequence[MeasuredStep]) -> StepFit:
     predicted = points @ constants
     spread = float(((mean_s - mean_s.mean()) ** 2).sum())
     held_mape, held_total = _held_out(features, times, groups)
-    left_out = np.flatnonzero(~kept)
+    left_out: list[int] = np.flatnonzero(~kept).tolist()
     return StepFit(
         constants_s=dict(zip(CONSTANTS, constants.tolist(), strict=True)),
         steps=int(kept.sum()),
@@ -281,11 +281,12 @@ def _centres(
 ) -> tuple[Floats, Floats, Floats]:
     """Features, time and weight of each point."""
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    centre = np.median if median else np.mean
     weights = [min(len(rows), MOST_WEIGHT) ** 0.5 for rows in members]
     return (
         np.array([features[rows].mean(axis=0) for rows in members]),
-        np.array([centre(times[rows]) for rows in members]),
+        np.array(
+            [float(np.median(times[rows]) if median else times[rows].mean()) for rows in members]
+        ),
         np.array(weights),
     )
 
@@ -392,7 +393,8 @@ def calibration_trace(
         return list(range(unused - blocks, unused))
 
     for session in range(seats):
-        prompt, chain = 0, []
+        prompt = 0
+        chain: list[int] = []
         for turn in range(turns[session]):
             # Lengths are spread evenly over their orders of magnitude.
             more = int(np.exp(rng.uniform(log(8), log(longest))))

@@ -409,7 +409,7 @@ def _finish(ax: Any, logarithmic: str) -> None:
     for axis in _axes(ax, logarithmic):
         low, high = axis.get_view_interval()
         # Narrow axes need ticks between the powers of ten, wide ones must not have them.
-        subs = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
+        subs: tuple[float, ...] = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
         if high <= 4 * low:
             subs = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
         axis.set_major_locator(LogLocator(10, subs))

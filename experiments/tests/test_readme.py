@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,21 @@ DOCUMENTS = ("README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs"
 PUBLIC = re.compile(r"\b(mooncake|azure_conv|azure_code)\b")
 """Names of traces that do not come with the package."""
 
+LIVE = re.compile(
+    r"servelab (validate|parity|front)|backend=vllm|validate\.(ranking|overhead|vllm)"
+)
+"""What needs vLLM."""
+
 LIMITS = {
     "servelab replay": ["--limit", "100"],
     "servelab demo": ["--limit", "60"],
     "python -m experiments.run": ["trace.limit=100"],
     "python -m experiments.bench": ["--case", "generated", "--limit", "100"],
+    "servelab validate": ["--quick"],
+    "servelab parity --seeds": ["--seeds", "0:5", "--jobs", "1"],
+    "servelab front": ["--help"],
+    "python -m validate.ranking": ["--help"],
+    "python -m validate.overhead": ["--help"],
 }
 """What is added to a documented command so that it takes seconds."""
 
@@ -62,14 +73,19 @@ def blocks_of(document: str) -> Iterator[Block]:
         yield Block(document, text.count("\n", 0, found.start()) + 1, found[1], found[2])
 
 
+def marks(text: str) -> Iterator[pytest.MarkDecorator]:
+    if PUBLIC.search(text):
+        yield pytest.mark.data
+    if LIVE.search(text):
+        yield pytest.mark.vllm
+        reason = "needs vLLM: make validate builds an environment with it"
+        yield pytest.mark.skipif(find_spec("vllm") is None, reason=reason)
+
+
 def parameters(language: str) -> list[object]:
     """The blocks of a language that are run, those on public traces with their mark."""
     return [
-        pytest.param(
-            block,
-            id=f"{block.document}:{block.line}",
-            marks=[pytest.mark.data] if PUBLIC.search(block.text) else [],
-        )
+        pytest.param(block, id=f"{block.document}:{block.line}", marks=list(marks(block.text)))
         for document in DOCUMENTS
         for block in blocks_of(document)
         if block.language == language and block.file is None

@@ -1,0 +1,1 @@
+"""One HTTP server before several vLLM engines, filled by our routing policies."""

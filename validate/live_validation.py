@@ -1,0 +1,365 @@
+"""One trace, simulated and on live engines: what ``servelab validate`` does.
+
+The engines serve calibration traffic, the trace, calibration traffic again, and so on. The
+simulator gets the step times fitted to the calibration traffic, never those of the trace; that
+the engines became slower or faster in between shows as drift.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.text import Text
+
+from experiments import runs
+from experiments.composing import compose, resolved
+from policies.api import AdmissionPolicy, PolicySet, Slo
+from policies.registry import build, load_module
+from sim.backend import Deployment
+from sim.latency import StepModel
+from sim.metrics import queue_s
+from sim.result import Result
+from sim.simulator import Simulator
+from traces import Trace
+from validate import comparison
+from validate.calibrate import (
+    MeasuredStep,
+    StepFit,
+    calibration_trace,
+    drift,
+    fit_steps,
+    measured_steps,
+)
+from validate.comparison import Comparison, Parity
+from validate.decisions import Decision, first_difference
+from validate.prompts import Prompts
+from validate.vllm_backend import VllmBackend, policy_config
+from validate.workloads import Entry, Workload
+
+__all__ = [
+    "DEFAULTS",
+    "Validation",
+    "at_load",
+    "calibrated",
+    "decision_parity",
+    "travel_s",
+    "validate",
+]
+
+ENGINE = (
+    "engine.block_tokens=32",
+    "engine.num_gpu_blocks=300",
+    "engine.max_num_seqs=16",
+    "engine.max_num_batched_tokens=512",
+    "engine.max_model_len=2048",
+)
+TRACE = (
+    "trace=chat",
+    "trace.sessions=28",
+    "trace.session_rate_per_s=1",
+    "trace.think_mean_s=1",
+    "trace.system_min=64",
+    "trace.system_max=512",
+    "trace.user_mean=60",
+    "trace.output_mean=40",
+    "trace.output_max=160",
+    "trace.prompt_max=1500",
+    "trace.block_tokens=32",
+)
+DEFAULTS = (*ENGINE, *TRACE)
+"""What is validated unless told otherwise: sized for the tiny model on two cores."""
+QUICK = ("trace.limit=40",)
+
+LOAD = 0.6
+"""Of the default trace, in parts of what the engine can serve."""
+
+Say = Callable[[str], None]
+
+
+# --------------------------------------------------------------------------- what is compared
+
+
+def travel_s(result: Result) -> float:
+    """Time from handing a request to an idle engine until it is scheduled; 0 if none was idle.
+
+    A simulated request arrives where it is scheduled; a live one is checked, packed and sent to
+    the engine's process first.
+    """
+    requests = result.requests
+    done = requests[requests["state"] == "finished"].sort_values("arrival_s")
+    busy_until_s = done["finish_s"].cummax().shift(1, fill_value=-np.inf)
+    idle = (done["arrival_s"] > busy_until_s).to_numpy()
+    waits_s = queue_s(done)[idle]
+    return float(np.median(waits_s)) if len(waits_s) else 0.0
+
+
+def delayed(result: Result, delay_s: float) -> Result:
+    """The result as seen by clients whose requests take ``delay_s`` to reach their engine."""
+    columns = ("admitted_s", "first_token_s", "finish_s")
+    later = {name: result.requests[name] + delay_s for name in columns}
+    meta = dict(result.meta) | {"travel_s": delay_s}
+    return replace(result, requests=result.requests.assign(**later), meta=meta)
+
+
+def at_load(
+    trace: Trace, load: float, deployment: Deployment, policies: PolicySet, steps: StepModel
+) -> Trace:
+    """The trace at a rate that keeps the engines busy for this part of the time.
+
+    What they can do is how long they take for all requests at once, as the simulator has it.
+
+    Raises:
+        ValueError: the load is not positive.
+    """
+    if not load > 0:
+        raise ValueError(f"load={load}: must be above 0")
+    if not trace.span_s > 0:
+        return trace
+    at_once = replace(
+        trace,
+        requests=trace.requests.assign(arrival_s=0.0, session="", turn=0, think_s=0.0),
+    )
+    simulator = Simulator(deployment, step_model=steps, record_runs=False)
+    needed_s = simulator.serve(at_once, policies).summary()["makespan_s"]
+    return trace.scaled(round(load * trace.span_s / needed_s, 4))
+
+
+def decision_parity(
+    rows: Sequence[Decision],
+    trace: Trace,
+    deployment: Deployment,
+    policies: PolicySet,
+    *,
+    seed: int = 0,
+) -> Parity | None:
+    """The decisions of a live engine against those of the same scheduler without a model.
+
+    The latter is given the same requests at the same steps. ``None`` where policies admit by the
+    clock, which the scheduler alone does not have.
+    """
+    if build(policies.admission, seed, "admission/0").__class__.admit is not AdmissionPolicy.admit:
+        return None
+    from validate.vllm_plugin.bare import BareEngine  # noqa: PLC0415 - imports vLLM
+
+    # Other tokens than the live ones, but shared by the same requests, which is all that counts.
+    prompts = Prompts(trace, deployment.limits.block_tokens, range(1 << 16), seed)
+    place = {name: row for row, name in enumerate(trace.requests["id"])}
+    table = trace.requests.to_dict("records")
+    entries = []
+    for step, decision in enumerate(rows):
+        for name in decision["entered"]:
+            row = table[place[name]]
+            slo = Slo(
+                name=row["slo_class"] or "none",
+                ttft_s=row["slo_ttft_s"],
+                tpot_s=row["slo_tpot_s"],
+                e2e_s=row["slo_e2e_s"],
+            )
+            told = {key: row[key] for key in ("priority", "session", "tenant", "model", "kind")}
+            prompt = tuple(prompts[place[name]].tolist())
+            entries.append(
+                Entry(id=name, at_step=step, prompt=prompt, output_tokens=row["output_tokens"],
+                      slo=slo, **told)
+            )  # fmt: skip
+    limits = replace(
+        deployment.limits,
+        num_gpu_blocks=deployment.kv_blocks() + 1,
+        max_model_len=deployment.max_model_len(),
+    )
+    workload = Workload(
+        name=trace.name,
+        limits=limits,
+        policies=policy_config(policies, seed, 0),
+        entries=tuple(entries),
+    )
+    alone = BareEngine(workload).run()
+    differing = [
+        (step, first)
+        for step, (ours, theirs) in enumerate(zip(rows, alone, strict=False))
+        if (first := first_difference([ours], [theirs])) is not None
+    ]
+    count = max(len(rows), len(alone))
+    extra = count - min(len(rows), len(alone))
+    words = f"{extra} steps more on one side" if extra else ""
+    if differing:
+        step, first = differing[0]
+        words = f"step {step}: {first.field}: live {first.ours!r}, alone {first.theirs!r}"
+    return Parity(rows=count, equal=count - extra - len(differing), first=words)
+
+
+# --------------------------------------------------------------------------- the whole
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Both sides of a configuration, and how the simulator came by its step times."""
+
+    comparison: Comparison
+    fit: StepFit | None
+    """``None`` if the simulator used the chip's and the model's profiles."""
+    travel_s: float
+    drifts: tuple[float, ...]
+    """By how much the engine was slower after each live run than before it."""
+    folders: tuple[Path, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    def page(self) -> Group:
+        """What was measured, then both sides."""
+        lines = ["step times are those of the chip's and the model's profiles"]
+        if self.fit is not None:
+            drifts = ", ".join(f"{100 * drift:+.1f} %" for drift in self.drifts)
+            lines = [
+                *self.fit.lines(),
+                f"a request reaches an idle engine in {1e3 * self.travel_s:.2f} ms; "
+                f"the engine's drift during each live run: {drifts}",
+            ]
+        return Group(*(Text(line, style="dim") for line in lines), self.comparison.page())
+
+    def document(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return self.comparison.document() | {
+            "step_times": None if self.fit is None else self.fit.document(),
+            "travel_s": self.travel_s,
+            "drifts": list(self.drifts),
+            "runs": [str(folder) for folder in self.folders],
+        }
+
+
+def validate(
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    repeats: int = 2,
+    calibrate: bool = True,
+    load: float | None = None,
+    out: str | Path | None = None,
+    quick: bool = False,
+    say: Say = lambda line: None,
+) -> Validation:
+    """Serve a configuration's trace live and simulated, and compare.
+
+    Args:
+        overrides: Hydra overrides as for a simulation; a trace among them replaces the default.
+        model: folder or Hugging Face name of the live model; ``None``: tiny, random weights.
+        repeats: live runs.
+        calibrate: simulate with step times measured on these engines; else with the profiles of
+            the chip and the model.
+        load: part of the engines' capacity to which arrivals are rescaled; ``None``: ``LOAD`` for
+            the default trace, no change for one that was asked for.
+        out: folder for both runs, ``comparison.json`` and ``comparison.png``; ``None``: no files.
+        quick: a shorter default trace and one live run.
+        say: told what happens next.
+
+    Raises:
+        LiveError: vLLM is missing or does not start.
+        CalibrationError: the engine's step times cannot be fitted.
+        ValueError: bad input of any other kind, as for a simulation.
+    """
+    repeats = 1 if quick else repeats
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: must be 1 or more")
+    own = any(text.partition("=")[0].partition(".")[0] == "trace" for text in overrides)
+    defaults = ENGINE if own else (*DEFAULTS, *(QUICK if quick else ()))
+    values = resolved(compose([*defaults, *overrides]))
+    for module in values["policy_modules"]:
+        load_module(module)
+    deployment, policies = runs._deployment(values), runs._policies(values["policies"])
+    trace, seed = runs._trace(values), values["seed"]
+    if load is None and not own:
+        load = LOAD
+    parts: list[list[MeasuredStep]] = []
+    travels: list[float] = []
+    live: list[Result] = []
+    parity: Parity | None = None
+    say("starting the engine")
+    with VllmBackend(
+        deployment,
+        model=model or values["live"]["model"],
+        timeout_s=values["live"]["timeout_s"],
+        max_lateness_s=values["live"]["max_lateness_s"],
+    ) as backend:
+        for repeat in range(repeats + 1):
+            if calibrate:
+                say(f"calibration {repeat + 1} of {repeats + 1}")
+                steps, way_s = calibrated(backend, policies, repeat)
+                parts.append(steps)
+                travels.append(way_s)
+            if repeat == repeats:
+                break
+            if repeat == 0 and load is not None:
+                model_now = fit_steps(parts[0]).model if calibrate else deployment.step_model()
+                trace = at_load(trace, load, deployment, policies, model_now)
+            say(
+                f"live run {repeat + 1} of {repeats}: {len(trace)} requests "
+                f"in about {trace.span_s:.0f} s"
+            )
+            live.append(backend.serve(trace, policies, seed=seed))
+            if repeat == 0 and deployment.engines == 1:
+                parity = decision_parity(
+                    backend.decisions[0], trace, deployment, policies, seed=seed
+                )
+    fit = fit_steps([step for part in parts for step in part]) if calibrate else None
+    wait_s = float(np.median(travels)) if travels else 0.0
+    simulator = Simulator(
+        _as_measured(deployment, fit, backend),
+        signal_age_s=values["signal_age_s"],
+        mode=values["mode"],
+        step_model=None if fit is None else fit.model,
+    )
+    simulated = delayed(simulator.serve(trace, policies, seed=seed), wait_s)
+    result = Validation(
+        comparison=Comparison(simulated, live, parity),
+        fit=fit,
+        travel_s=wait_s,
+        drifts=() if fit is None else tuple(drift(fit, *half) for half in pairwise(parts)),
+    )
+    return result if out is None else _saved(result, Path(out), values)
+
+
+def calibrated(
+    backend: VllmBackend, policies: PolicySet, seed: int
+) -> tuple[list[MeasuredStep], float]:
+    """Steps of calibration traffic on running engines, and ``travel_s`` to them."""
+    limits = backend.deployment.limits
+    trace = calibration_trace(limits, seed, most_running=min(limits.max_num_seqs, 16))
+    result = backend.serve(trace, policies, seed=seed)
+    rows = trace.requests
+    lengths = dict(zip(rows["id"], rows["prompt_tokens"].tolist(), strict=True))
+    steps = [step for log in backend.decisions for step in measured_steps(log, lengths)]
+    return steps, travel_s(result)
+
+
+def _as_measured(deployment: Deployment, fit: StepFit | None, backend: VllmBackend) -> Deployment:
+    """The deployment under the name of what was measured instead of the profiles'."""
+    if fit is None:
+        return deployment
+    said = f"step times fitted to {fit.steps} steps of the live engine"
+    chip = replace(
+        deployment.chip,
+        name="live engine",
+        calibrated=True,
+        calibration=said,
+        warnings=(),
+        price_usd_per_h=None,
+    )
+    return replace(
+        deployment, chip=chip, model=replace(deployment.model, name=Path(backend.model).name)
+    )
+
+
+def _saved(result: Validation, root: Path, values: Mapping[str, Any]) -> Validation:
+    sides = {"simulated": result.comparison.simulated}
+    sides |= {f"live-{i}": run for i, run in enumerate(result.comparison.live, 1)}
+    folders = tuple(side.save(root / name, config=values) for name, side in sides.items())
+    whole = replace(result, folders=folders)
+    text = json.dumps(whole.document(), indent=2, allow_nan=False)
+    (root / "comparison.json").write_text(text + "\n", encoding="utf-8")
+    picture = comparison.save(result.comparison.figure(), root / "comparison.png")
+    return replace(whole, files=(root / "comparison.json", picture))

@@ -1,0 +1,451 @@
+"""Does the simulator rank policies as a live engine does? ``python -m validate.ranking``.
+
+Every pair of policies differs in one of them and is served the same traces, live several times
+and once simulated with step times that were fitted to the same engine in the same session. What
+the live runs of one and the same policy differ by is the noise; wherever a difference between
+two policies is larger than that, the simulated difference must have the same sign.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite, log, nan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from experiments.console import reporting, stderr, stdout
+from policies.api import PolicySet
+from policies.registry import policy_set
+from sim.backend import Deployment
+from sim.hardware import load_chip
+from sim.metrics import ttft_s
+from sim.model import load_model
+from sim.result import Result
+from sim.scheduler import EngineLimits
+from sim.simulator import Simulator
+from traces import Chains, Trace, generate
+from traces.arrivals import arrivals, stream
+from validate.calibrate import fit_steps
+from validate.live_validation import at_load, calibrated, delayed
+from validate.vllm_backend import VllmBackend
+
+__all__ = ["ARMS", "METRICS", "PAIRS", "WORKLOADS", "Effect", "effects", "main", "rank"]
+
+LIMITS = EngineLimits(
+    block_tokens=32,
+    num_gpu_blocks=100,
+    max_num_seqs=8,
+    max_num_batched_tokens=512,
+    max_model_len=1024,
+)
+"""Little memory and few seats, so that short runs have something to decide."""
+
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "eviction=fifo": {"eviction": "fifo"},
+    "eviction=lfu": {"eviction": "lfu"},
+    "eviction=slo_aware": {"eviction": {"name": "slo_aware", "grace_s": 0.3}},
+    "admission=shortest_prompt": {"admission": "shortest_prompt"},
+    "admission=priority": {"admission": "priority"},
+    "reuse=never": {"reuse": "never"},
+    "reuse=cap": {"reuse": {"name": "cap", "max_tokens": 64}},
+    "admission=token_bucket": {
+        "admission": {"name": "token_bucket", "rate_tokens_per_s": 9e3, "burst_tokens": 2000}
+    },
+}
+"""Policies by name; what is not named is the default (``fcfs``, ``lru``, ``always``)."""
+
+
+class Pair(NamedTuple):
+    """Two arms and the metric in which they should differ."""
+
+    first: str
+    second: str
+    metric: str
+
+
+PAIRS = (
+    Pair("default", "eviction=fifo", "hit rate"),
+    Pair("default", "eviction=lfu", "hit rate"),
+    Pair("default", "eviction=slo_aware", "interactive TTFT"),
+    Pair("eviction=fifo", "eviction=lfu", "mean TTFT"),
+    Pair("default", "admission=shortest_prompt", "mean TTFT"),
+    Pair("default", "admission=priority", "interactive TTFT"),
+    Pair("default", "reuse=never", "mean TTFT"),
+    Pair("default", "reuse=cap", "mean TTFT"),
+    Pair("default", "admission=token_bucket", "mean TTFT"),
+)
+QUICK = PAIRS[:7]
+"""The pairs of ``--quick``, without the last two arms."""
+
+CLASSES = (
+    {"name": "interactive", "share": 1.0, "ttft_s": 0.1, "priority": 0},
+    {"name": "batch", "share": 2.0, "ttft_s": 5.0, "priority": 1},
+)
+SPREAD = 2.0
+"""Standard errors that a difference must exceed to count as real."""
+
+
+# --------------------------------------------------------------------------- workloads
+
+
+def _chat(requests: int, seed: int) -> Trace:
+    """Chats whose turns find what the turns before left, if it is still there."""
+    trace = generate(
+        "chat",
+        sessions=max(requests // 5, 2),
+        session_rate_per_s=1.0,
+        turns_mean=5.0,
+        think_mean_s=0.6,
+        token_s=0.004,
+        system_prompts=6,
+        system_min=64,
+        system_max=160,
+        user_mean=60.0,
+        output_mean=16.0,
+        output_max=48,
+        prompt_max=900,
+        block_tokens=32,
+        classes=CLASSES,
+        seed=seed,
+    )
+    return trace.head(requests)
+
+
+def _scan(requests: int, seed: int) -> Trace:
+    """A few hot prefixes that are urgent, among long prompts that nobody will ask again."""
+    rng = stream(seed, "scan")
+    hot = rng.random(requests) < 0.45
+    prompt = np.where(hot, 8 * 32 + rng.integers(8, 40, requests), rng.integers(64, 640, requests))
+    prefix = np.where(hot, rng.integers(0, 5, requests), -1)
+    arrival_s = arrivals(rate_per_s=1.0, count=requests, seed=seed)
+    output = rng.integers(4, 24, requests)
+    return _shared("scan", arrival_s, prompt, output, prefix, np.full(5, 8), urgent=hot)
+
+
+def _bursts(requests: int, seed: int) -> Trace:
+    """Requests that come in bursts, with templates of all popularities and very unequal prompts."""
+    rng = stream(seed, "bursts")
+    popularity = 1.0 / np.arange(1, 21) ** 0.8
+    prefix = rng.choice(20, requests, p=popularity / popularity.sum())
+    blocks = rng.integers(2, 8, 20)
+    own = np.exp(rng.uniform(log(8), log(500), requests)).astype(np.int64)
+    arrival_s = arrivals("gamma", rate_per_s=1.0, count=requests, cv=4.0, seed=seed)
+    prompt = 32 * blocks[prefix] + own
+    output = rng.integers(4, 32, requests)
+    return _shared("bursts", arrival_s, prompt, output, prefix, blocks, urgent=prefix < 5)
+
+
+def _shared(
+    name: str, arrival_s: Any, prompt: Any, output: Any, prefix: Any, blocks: Any, *, urgent: Any
+) -> Trace:
+    """Requests that begin with the blocks of a prefix (-1: none) and go on with their own."""
+    ends = np.cumsum(blocks)
+    unused = int(ends[-1])
+    chains = []
+    for tokens, which in zip(prompt.tolist(), prefix.tolist(), strict=True):
+        begin = [] if which < 0 else list(range(int(ends[which] - blocks[which]), int(ends[which])))
+        more = tokens // 32 - len(begin)
+        chains.append(begin + list(range(unused, unused + more)))
+        unused += more
+    columns = {
+        "arrival_s": arrival_s,
+        "prompt_tokens": prompt,
+        "output_tokens": output,
+        "priority": np.where(urgent, 0, 1),
+        "slo_class": np.where(urgent, "interactive", "batch"),
+        "slo_ttft_s": np.where(urgent, 0.1, 5.0),
+    }
+    known = Chains.from_lists(chains)
+    return Trace.build(name, columns, known, block_tokens=32, synthetic="everything")
+
+
+WORKLOADS: Mapping[str, tuple[Callable[[int, int], Trace], float]] = {
+    "chat": (_chat, 0.9),
+    "scan": (_scan, 0.9),
+    "bursts": (_bursts, 0.6),
+}
+"""Traces of (requests, seed), and the load at which they are served: 1 is what the engine can."""
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What two runs are compared by."""
+
+    of: Callable[[Result], float]
+    relative: bool
+    """Differences are ratios of the values, else plain differences."""
+
+
+def _mean_ttft_s(result: Result, slo_class: str = "") -> float:
+    requests = result.requests
+    counted = requests["state"] == "finished"
+    if slo_class:
+        counted &= requests["slo_class"] == slo_class
+    return float(np.mean(ttft_s(requests[counted]))) if counted.any() else nan
+
+
+METRICS: Mapping[str, Metric] = {
+    "mean TTFT": Metric(_mean_ttft_s, relative=True),
+    "interactive TTFT": Metric(lambda result: _mean_ttft_s(result, "interactive"), relative=True),
+    "hit rate": Metric(lambda result: result.summary()["prefix_hit_rate"], relative=False),
+}
+
+
+class Effect(NamedTuple):
+    """What the second policy of a pair changes, simulated and live."""
+
+    workload: str
+    pair: Pair
+    simulated: float
+    """Of times the relative change, of the hit rate the difference."""
+    live: float
+    noise: float
+    """How large a live difference may be by chance."""
+
+    @property
+    def visible(self) -> bool:
+        """Whether the live difference is more than noise."""
+        return abs(self.live) > self.noise
+
+    @property
+    def holds(self) -> bool:
+        """Whether the simulator has the same sign, where that can be told."""
+        return not self.visible or self.simulated * self.live > 0
+
+    @property
+    def verdict(self) -> str:
+        if not self.visible:
+            return "within noise"
+        return "same sign" if self.holds else "OPPOSITE"
+
+
+Values = Mapping[tuple[str, str], Sequence[float]]
+"""By workload and arm: one value per run."""
+
+
+def effects(
+    metric: str, pairs: Sequence[Pair], simulated: Values, live: Values
+) -> Iterator[Effect]:
+    """The effect of each pair of this metric on each workload.
+
+    The spread of repeated live runs is pooled over all arms of a workload, because two or three
+    runs of a single arm would often agree by chance.
+
+    Args:
+        metric: of ``METRICS``.
+        pairs: those of other metrics are passed over.
+        simulated: the metric of each simulated run.
+        live: the metric of each live run.
+    """
+    relative = METRICS[metric].relative
+
+    def level(values: Sequence[float]) -> float:
+        return float(np.mean([log(value) for value in values] if relative else values))
+
+    def change(values: Values, workload: str, pair: Pair) -> float:
+        step = level(values[workload, pair.second]) - level(values[workload, pair.first])
+        return float(np.expm1(step)) if relative else step
+
+    for workload in dict.fromkeys(workload for workload, _ in live):
+        groups = [np.array(runs) for (name, _), runs in live.items() if name == workload]
+        if relative:
+            groups = [np.log(group) for group in groups]
+        freedom = sum(len(group) - 1 for group in groups)
+        squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
+        deviation = (squares / freedom) ** 0.5 if freedom else nan
+        for pair in pairs:
+            if pair.metric != metric:
+                continue
+            counts = [len(live[workload, arm]) for arm in (pair.first, pair.second)]
+            noise = SPREAD * deviation * sum(1 / count for count in counts) ** 0.5
+            yield Effect(
+                workload,
+                pair,
+                simulated=change(simulated, workload, pair),
+                live=change(live, workload, pair),
+                noise=float(np.expm1(noise)) if relative else noise,
+            )
+
+
+# --------------------------------------------------------------------------- running
+
+Serve = Callable[[Trace, PolicySet], Result]
+"""A backend that serves a trace under policies."""
+
+
+def rank(
+    traces: Mapping[str, Trace],
+    pairs: Sequence[Pair],
+    simulate: Serve,
+    serve: Serve,
+    *,
+    repeats: int = 2,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Effect]:
+    """Serve every trace under every arm of the pairs and compare.
+
+    Repetitions go round all arms before an arm comes again, so that an engine that becomes slower
+    shows as noise and not as an effect.
+
+    Args:
+        traces: by workload.
+        pairs: what to compare.
+        simulate: the simulator.
+        serve: the live engine.
+        repeats: live runs of each arm; 2 or more, or there is no noise to compare with.
+        say: told what runs next.
+
+    Raises:
+        ValueError: too few repeats.
+    """
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats}: noise needs at least 2 live runs of each policy")
+    arms = list(dict.fromkeys(arm for pair in pairs for arm in (pair.first, pair.second)))
+    sets = {arm: policy_set(**ARMS[arm]) for arm in arms}
+    simulated: dict[str, dict[tuple[str, str], list[float]]] = {name: {} for name in METRICS}
+    live: dict[str, dict[tuple[str, str], list[float]]] = {name: {} for name in METRICS}
+
+    def note(table: dict[str, dict[tuple[str, str], list[float]]], key: Any, run: Result) -> None:
+        for name, metric in METRICS.items():
+            table[name].setdefault(key, []).append(metric.of(run))
+
+    for workload, trace in traces.items():
+        for arm in arms:
+            note(simulated, (workload, arm), simulate(trace, sets[arm]))
+    for repeat in range(repeats):
+        for workload, trace in traces.items():
+            for arm in arms:
+                say(f"live {repeat + 1}/{repeats}: {workload}, {arm}")
+                note(live, (workload, arm), serve(trace, sets[arm]))
+    found = [
+        effect
+        for metric in METRICS
+        for effect in effects(metric, pairs, simulated[metric], live[metric])
+    ]
+    order = {pair: i for i, pair in enumerate(pairs)}
+    return sorted(
+        found, key=lambda effect: (list(traces).index(effect.workload), order[effect.pair])
+    )
+
+
+# --------------------------------------------------------------------------- showing
+
+
+def table(found: Sequence[Effect]) -> Table:
+    """One row per workload and pair."""
+    shown = Table("workload", "from", "to", "metric")
+    for title in ("simulated", "live", "noise"):
+        shown.add_column(title, justify="right")
+    shown.add_column("")
+    styles = {"within noise": "dim", "same sign": "green", "OPPOSITE": "bold red"}
+    workload = ""
+    for effect in found:
+        if effect.workload != workload:
+            shown.add_section()
+            workload = effect.workload
+        numbers = [_percent(effect.simulated), _percent(effect.live), _percent(effect.noise)[1:]]
+        unit = "" if METRICS[effect.pair.metric].relative else " points"
+        shown.add_row(
+            effect.workload,
+            *effect.pair,
+            *(f"{number}{unit}" for number in numbers),
+            f"[{styles[effect.verdict]}]{effect.verdict}[/]",
+        )
+    return shown
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:+.1f} %" if isfinite(value) else " -"
+
+
+def summary(found: Sequence[Effect]) -> str:
+    """How many effects there are, and how many the simulator has right, in one line."""
+    visible = [effect for effect in found if effect.visible]
+    right = sum(effect.holds for effect in visible)
+    return (
+        f"{len(found)} comparisons, {len(visible)} with a live difference beyond the noise: "
+        f"the simulator has the sign of {right}, the opposite of {len(visible) - right}"
+    )
+
+
+def write(found: Sequence[Effect], folder: Path, about: Mapping[str, Any]) -> list[Path]:
+    """``ranking.json`` and ``ranking.csv`` in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"workload": effect.workload, **effect.pair._asdict(), "simulated": effect.simulated,
+         "live": effect.live, "noise": effect.noise, "verdict": effect.verdict}
+        for effect in found
+    ]  # fmt: skip
+    document = dict(about) | {"summary": summary(found), "effects": rows}
+    paths = [folder / "ranking.json", folder / "ranking.csv"]
+    paths[0].write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    with paths[1].open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return paths
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if the simulator has a sign wrong."""
+    parser = argparse.ArgumentParser(prog="python -m validate.ranking", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer pairs and shorter runs")
+    parser.add_argument("--repeats", type=int, default=2, help="live runs of each policy")
+    parser.add_argument("--requests", type=int, help="in each run; 400, or 120 with --quick")
+    parser.add_argument("--seed", type=int, default=0, help="of the traces")
+    parser.add_argument("--out", type=Path, default=Path("outputs/ranking"), help="folder")
+    options = parser.parse_args(argv)
+    with reporting():
+        return _rank_all(options)
+
+
+def _rank_all(options: argparse.Namespace) -> int:
+    pairs = QUICK if options.quick else PAIRS
+    requests = options.requests or (120 if options.quick else 400)
+    say = stderr().print
+    deployment = Deployment(
+        chip=load_chip("a100_80g"), model=load_model("qwen3_0_6b"), limits=LIMITS
+    )  # neither counts: times are measured, and memory is given in blocks
+    default = policy_set()
+    with VllmBackend(deployment, record_runs=False) as backend:
+        say("calibrating")
+        parts = [calibrated(backend, default, seed) for seed in range(2)]
+        fit = fit_steps([step for steps, _ in parts for step in steps])
+        way_s = max(way_s for _, way_s in parts)
+        for line in fit.lines():
+            say(line)
+        traces = {
+            name: at_load(make(requests, options.seed), load, deployment, default, fit.model)
+            for name, (make, load) in WORKLOADS.items()
+        }
+        simulator = Simulator(deployment, step_model=fit.model, record_runs=False)
+        found = rank(
+            traces,
+            pairs,
+            lambda trace, policies: delayed(simulator.serve(trace, policies), way_s),
+            backend.serve,
+            repeats=options.repeats,
+            say=say,
+        )
+    stdout().print(table(found))
+    print(summary(found))
+    about = {"requests": requests, "repeats": options.repeats, "step_times": fit.document()}
+    for path in write(found, options.out, about):
+        say(f"wrote {path}")
+    return int(any(not effect.holds for effect in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
