@@ -14,7 +14,7 @@ from heapq import heappop
 from sim.batch import Prefills
 from sim.clock import Timer
 from sim.engine import FastEngine, _batch, _pack, _seat
-from sim.request import Request
+from sim.request import ENDLESS, Request
 
 
 class AheadEngine(FastEngine):
@@ -225,6 +225,11 @@ class AheadEngine(FastEngine):
         victim.output_tokens -= 1
         self._stale.append(victim)
         return known
+
+    def _give_up(self, request: Request, known: int, now_ps: int) -> None:
+        if self._tellers:
+            self._tell(ENDLESS)  # all are scheduled for the step that executes next
+        super()._give_up(request, known, now_ps)
 
     def _withdraw(self, request: Request, now_ps: int) -> bool:
         if request not in self._running:

@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 
 from policies.api import EvictionPolicy
 from sim.cache import BlockPool, Found
-from sim.request import PS_PER_S, Request
+from sim.request import ENDLESS, PS_PER_S, Request
 from sim.scheduler import Engine, _name
 
 Prefills = list[tuple[int, int]]
@@ -139,6 +139,8 @@ class Batching(Engine):
         prefills.append((tokens, request.computed_tokens))
         request.computed_tokens += tokens
         if request.stored < request.chain_blocks and self._caching:
+            if self._tellers:
+                self._tell(request.seat)
             self._store_chain(request)
         if request.computed_tokens == request.prompt_tokens + request.output_tokens:
             if self._prefilling:
@@ -155,19 +157,21 @@ class Batching(Engine):
         blocks = request.computed_tokens // self.block_tokens
         self.pool.store(request, min(blocks, request.chain_blocks))
 
-    def _tell(self, planned: int) -> None:
+    def _tell(self, seat: int) -> None:
         """Store what is hashed by now of answers that others may know, in the order of hashing.
 
         Args:
-            planned: 1 if the decoders are scheduled for ``_step``, 0 before that.
+            seat: decoders with a smaller one are scheduled for ``_step``, the others not yet.
         """
         tokens = self.block_tokens
         ready: list[tuple[int, int, int, Request]] = []
         for request in self._tellers:
             kv = self._kv(request)
-            blocks = min(self._hashed(request, kv, planned) // tokens, request.chain_blocks)
+            planned = self._hashed(request, kv, 1)
+            known = planned if request.seat < seat else self._hashed(request, kv, 0)
+            blocks = min(known // tokens, request.chain_blocks)
             ready += [
-                ((block + 1) * tokens - kv, request.seat, block, request)
+                ((block + 1) * tokens - planned, request.seat, block, request)
                 for block in range(request.stored, blocks)
             ]
         for _, _, block, request in sorted(ready):
@@ -184,7 +188,7 @@ class Batching(Engine):
         now_s = now / PS_PER_S
         running = self._running
         if self._tellers:
-            self._tell(1)
+            self._tell(ENDLESS)
         while left > 0 and len(running) < self._most:
             request = self._head(now)
             if request is None:
@@ -202,6 +206,7 @@ class Batching(Engine):
                 chunk = threshold
             if chunk > left:
                 if not limits.enable_chunked_prefill:
+                    self._fragile = bool(self._tellers)
                     break
                 chunk = left
             free = pool.free - idle - (self._watermark if running else 0)
@@ -269,7 +274,7 @@ class Batching(Engine):
                 del order[place]
                 i -= place < i
                 left += planned.get(victim, 0)
-                self._preempt(victim, planned.pop(victim, 0), prefills)
+                self._preempt(victim, planned.pop(victim, 0), prefills, request)
                 if victim is request:
                     break
             else:
@@ -294,10 +299,12 @@ class Batching(Engine):
     def _drop_due(self, request: Request) -> None:
         self._due[request.due].remove(request)
 
-    def _preempt(self, victim: Request, planned: int, prefills: Prefills) -> None:
+    def _preempt(
+        self, victim: Request, planned: int, prefills: Prefills, beneficiary: Request
+    ) -> None:
         """Take everything from a running request and put it back into the queue (rule 8)."""
         if self._tellers:
-            self._tell(0)
+            self._tell(beneficiary.seat)
         known = self._strip(victim, planned, prefills)
         now = self.env._now
         if self._caching:

@@ -134,7 +134,7 @@ class FastEngine(Batching):
         """Bring the cache up to date for somebody who looks at its content."""
         self.sync()
         if self._tellers:
-            self._tell(1)
+            self._tell(ENDLESS)
 
     # ------------------------------------------------------------------ arrivals
 
@@ -473,7 +473,7 @@ class FastEngine(Batching):
 
         Returns the duration of the whole flight; ``duration`` is that of its first step.
         """
-        if len(self._prefilling) > 1:
+        if len(self._prefilling) > 1 or self._tellers:
             return duration
         tokens, decodes = self.block_tokens, self._decodes
         partial = next(iter(self._prefilling))

@@ -50,9 +50,7 @@ class EnginesUp:
                     raise
 
     def close(self) -> None:
-        for engine in self.engines:
-            engine.close()
-        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -62,10 +60,11 @@ class EnginesUp:
         gc.collect()  # vLLM's clients are reference cycles that hold sockets
         self.scratch.cleanup()
 
-
-async def _cancel_others() -> None:
-    """End what vLLM's clients left running in this loop."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    async def _end(self) -> None:
+        # First what vLLM's clients left running in the loop, which would report a dead engine.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for engine in self.engines:
+            engine.close()

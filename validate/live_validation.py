@@ -20,35 +20,32 @@ from rich.text import Text
 
 from experiments import runs
 from experiments.composing import compose, resolved
-from policies.api import AdmissionPolicy, PolicySet, Slo
-from policies.registry import build, load_module
+from policies.api import PolicySet
+from policies.registry import load_module
 from sim.backend import Deployment
 from sim.latency import StepModel
 from sim.metrics import queue_s
 from sim.result import Result
 from sim.simulator import Simulator
 from traces import Trace
-from validate import comparison
+from validate import comparison, comparison_figure
 from validate.calibrate import (
     MeasuredStep,
     StepFit,
-    calibration_trace,
     drift,
     fit_steps,
     measured_steps,
 )
+from validate.calibration_traffic import calibration_trace
 from validate.comparison import Comparison, Parity
-from validate.decisions import Decision, first_difference
-from validate.prompts import Prompts
-from validate.vllm_backend import VllmBackend, policy_config
-from validate.workloads import Entry, Workload
+from validate.live_parity import decision_parity
+from validate.vllm_backend import VllmBackend
 
 __all__ = [
     "DEFAULTS",
     "Validation",
     "at_load",
     "calibrated",
-    "decision_parity",
     "travel_s",
     "validate",
 ]
@@ -131,69 +128,6 @@ def at_load(
     return trace.scaled(round(load * trace.span_s / needed_s, 4))
 
 
-def decision_parity(
-    rows: Sequence[Decision],
-    trace: Trace,
-    deployment: Deployment,
-    policies: PolicySet,
-    *,
-    seed: int = 0,
-) -> Parity | None:
-    """The decisions of a live engine against those of the same scheduler without a model.
-
-    The latter is given the same requests at the same steps. ``None`` where policies admit by the
-    clock, which the scheduler alone does not have.
-    """
-    if build(policies.admission, seed, "admission/0").__class__.admit is not AdmissionPolicy.admit:
-        return None
-    from validate.vllm_plugin.bare import BareEngine  # noqa: PLC0415 - imports vLLM
-
-    # Other tokens than the live ones, but shared by the same requests, which is all that counts.
-    prompts = Prompts(trace, deployment.limits.block_tokens, range(1 << 16), seed)
-    place = {name: row for row, name in enumerate(trace.requests["id"])}
-    table = trace.requests.to_dict("records")
-    entries = []
-    for step, decision in enumerate(rows):
-        for name in decision["entered"]:
-            row = table[place[name]]
-            slo = Slo(
-                name=row["slo_class"] or "none",
-                ttft_s=row["slo_ttft_s"],
-                tpot_s=row["slo_tpot_s"],
-                e2e_s=row["slo_e2e_s"],
-            )
-            told = {key: row[key] for key in ("priority", "session", "tenant", "model", "kind")}
-            prompt = tuple(prompts[place[name]].tolist())
-            entries.append(
-                Entry(id=name, at_step=step, prompt=prompt, output_tokens=row["output_tokens"],
-                      slo=slo, **told)
-            )  # fmt: skip
-    limits = replace(
-        deployment.limits,
-        num_gpu_blocks=deployment.kv_blocks() + 1,
-        max_model_len=deployment.max_model_len(),
-    )
-    workload = Workload(
-        name=trace.name,
-        limits=limits,
-        policies=policy_config(policies, seed, 0),
-        entries=tuple(entries),
-    )
-    alone = BareEngine(workload).run()
-    differing = [
-        (step, first)
-        for step, (ours, theirs) in enumerate(zip(rows, alone, strict=False))
-        if (first := first_difference([ours], [theirs])) is not None
-    ]
-    count = max(len(rows), len(alone))
-    extra = count - min(len(rows), len(alone))
-    words = f"{extra} steps more on one side" if extra else ""
-    if differing:
-        step, first = differing[0]
-        words = f"step {step}: {first.field}: live {first.ours!r}, alone {first.theirs!r}"
-    return Parity(rows=count, equal=count - extra - len(differing), first=words)
-
-
 # --------------------------------------------------------------------------- the whole
 
 
@@ -220,7 +154,26 @@ class Validation:
                 f"a request reaches an idle engine in {1e3 * self.travel_s:.2f} ms; "
                 f"the engine's drift during each live run: {drifts}",
             ]
-        return Group(*(Text(line, style="dim") for line in lines), self.comparison.page())
+        return Group(
+            *(Text(line, style="dim") for line in lines),
+            self.comparison.page(),
+            *(Text(f"warning: {line}", style="yellow") for line in self.warnings()),
+        )
+
+    def warnings(self) -> list[str]:
+        """What makes the figures less worth than they look."""
+        lines = [line for run in self.comparison.live for line in run.meta.get("warnings", ())]
+        if any(abs(drift) > comparison.BAND for drift in self.drifts):
+            lines.append(
+                "the engine's speed changed by more than the error that is looked for: "
+                "something else uses this machine; repeat when it is quiet"
+            )
+        if self.fit is not None and self.fit.held_out_mape > 2 * comparison.BAND:
+            lines.append(
+                f"single steps are {100 * self.fit.held_out_mape:.0f} % off the fitted step times: "
+                f"they do not follow the work alone"
+            )
+        return list(dict.fromkeys(lines))
 
     def document(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -228,6 +181,7 @@ class Validation:
             "step_times": None if self.fit is None else self.fit.document(),
             "travel_s": self.travel_s,
             "drifts": list(self.drifts),
+            "warnings": self.warnings(),
             "runs": [str(folder) for folder in self.folders],
         }
 
@@ -279,12 +233,11 @@ def validate(
     live: list[Result] = []
     parity: Parity | None = None
     say("starting the engine")
-    with VllmBackend(
-        deployment,
-        model=model or values["live"]["model"],
-        timeout_s=values["live"]["timeout_s"],
-        max_lateness_s=values["live"]["max_lateness_s"],
-    ) as backend:
+    live_values = {**values["live"], "model": model or values["live"]["model"]}
+    changes = {"backend": "vllm", "live": live_values, "record_decisions": False}
+    backend = runs._backend({**values, **changes})
+    assert isinstance(backend, VllmBackend)
+    with backend:
         for repeat in range(repeats + 1):
             if calibrate:
                 say(f"calibration {repeat + 1} of {repeats + 1}")
@@ -361,5 +314,7 @@ def _saved(result: Validation, root: Path, values: Mapping[str, Any]) -> Validat
     whole = replace(result, folders=folders)
     text = json.dumps(whole.document(), indent=2, allow_nan=False)
     (root / "comparison.json").write_text(text + "\n", encoding="utf-8")
-    picture = comparison.save(result.comparison.figure(), root / "comparison.png")
+    picture = comparison_figure.save(
+        comparison_figure.figure(result.comparison), root / "comparison.png"
+    )
     return replace(whole, files=(root / "comparison.json", picture))

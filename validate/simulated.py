@@ -8,6 +8,7 @@ from typing import Any
 
 from policies.api import EngineView, PrefixMatch, RequestView, ReusePolicy, Tier
 from policies.registry import create
+from sim.ahead import AheadEngine
 from sim.batch import Prefills
 from sim.clock import ARRIVAL, Clock, Timer
 from sim.engine import FastEngine
@@ -133,7 +134,7 @@ class Milestones:
     """Block ids in order; the fast engine does not care when."""
 
 
-class RecordingFastEngine(FastEngine):
+class Noting(FastEngine):
     """The fast engine, noting its decisions."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -148,9 +149,11 @@ class RecordingFastEngine(FastEngine):
             self.noted.admitted.append((self.env._now, request.id, hit))
         return left
 
-    def _preempt(self, victim: Request, planned: int, prefills: Prefills) -> None:
+    def _preempt(
+        self, victim: Request, planned: int, prefills: Prefills, beneficiary: Request
+    ) -> None:
         self.noted.preempted.append((self.env._now, victim.id))
-        super()._preempt(victim, planned, prefills)
+        super()._preempt(victim, planned, prefills, beneficiary)
 
     def milestones(self) -> Milestones:
         """Everything noted, after the run."""
@@ -166,6 +169,10 @@ class RecordingFastEngine(FastEngine):
         return self.noted
 
 
+class NotingAhead(Noting, AheadEngine):
+    """The same with asynchronous scheduling."""
+
+
 def simulate(workload: Workload) -> RecordingStepEngine:
     """Play a workload on the reference engine; ``rows`` and ``ends`` of the result tell all."""
     engine = RecordingStepEngine(*_arguments(workload), eviction=_eviction(workload))
@@ -175,7 +182,8 @@ def simulate(workload: Workload) -> RecordingStepEngine:
 
 def simulate_fast(workload: Workload) -> Milestones:
     """Play a workload on the fast engine."""
-    engine = RecordingFastEngine(*_arguments(workload), eviction=_eviction(workload))
+    kind = NotingAhead if workload.limits.async_scheduling else Noting
+    engine = kind(*_arguments(workload), eviction=_eviction(workload))
     _play(engine, workload)
     return engine.milestones()
 
@@ -210,7 +218,7 @@ def _create(kind: str, spec: Any) -> Any:
     return create(f"{kind}/{parameters.pop('name')}", **parameters)
 
 
-def _play(engine: RecordingStepEngine | RecordingFastEngine, workload: Workload) -> None:
+def _play(engine: RecordingStepEngine | Noting, workload: Workload) -> None:
     """Let requests enter and leave at their times, and run until nothing happens any more."""
     chains = block_chains(workload)
 

@@ -277,18 +277,15 @@ class _Run:
         return engine
 
     def _environment(self, ident: int) -> dict[str, str]:
-        """Variables for an engine's process on the CPU, and cores of its own if there are enough.
+        """Variables for an engine's process on the CPU; several engines get cores of their own.
 
-        The model runs in the engine core's process, which saves messages in every step. The client has the first core for itself where engines
-        get at least one each, because a step ends when the last of its threads does, and one that
-        shares its core with the client holds up the others.
+        The model runs in the engine core's process, which saves messages in every step. Which
+        cores a single engine uses is left to vLLM.
         """
         count, cores = len(self.configs), sorted(os.sched_getaffinity(0))
-        if len(cores) > count:
-            cores = cores[1:]
         share = len(cores) // count
         values = cpu_environment()
-        if share and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        if count > 1 and share and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             mine = cores[ident * share : (ident + 1) * share]
             values["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
         if not Path(self.backend.model).is_dir():

@@ -225,11 +225,11 @@ def random_workload(seed: int, *, asynchronous: bool = False, policies: bool = F
     capacity = -(-(longest_prompt + longest_output) // size) + rng.randint(0, 1)
     blocks = capacity + rng.randint(0, capacity * rng.choice([0, 1, 1, 2, 2, 10]))
     longest = longest_prompt + rng.randint(1, longest_output + 1)
-    longest = min(longest, blocks * size)
     seats = rng.choice([1, 3, 8, 64])
     storm = rng.random() < 0.25  # chunks of long prompts take the blocks of many short requests
     if storm:
         blocks, seats = capacity + rng.randint(0, capacity // 4), 64
+    longest = min(longest, blocks * size)
     budget = max(rng.choice([size, 3 * size, 8 * size, 512]) + rng.randint(0, size), seats)
     chunked = rng.random() < 0.85
     limits = EngineLimits(

@@ -59,6 +59,12 @@ def live(test: Callable[..., Any]) -> Callable[..., Any]:
     return test
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are made for want of another one go here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 # --------------------------------------------------------------------------- replay
 
 

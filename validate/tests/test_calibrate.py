@@ -17,11 +17,11 @@ from validate.calibrate import (
     CONSTANTS,
     CalibrationError,
     MeasuredStep,
-    calibration_trace,
     drift,
     fit_steps,
     measured_steps,
 )
+from validate.calibration_traffic import calibration_trace
 
 TRUE_S = (2.3e-3, 3.2e-5, 4.5e-5, 1.4e-7, 1.4e-8)
 """About what the tiny model takes on two cores."""

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from sim.result import Result
-from validate.comparison import Comparison, ComparisonError, Parity, save
+from validate.comparison import Comparison, ComparisonError, Parity
+from validate.comparison_figure import figure, save
 
 
 def _result(
@@ -194,7 +195,7 @@ def test_the_figure_draws_every_request(tmp_path: Path) -> None:
     comparison = Comparison(
         _result((1.1 * ttft).tolist()), [_result(ttft.tolist()), _result(ttft.tolist())]
     )
-    canvas = comparison.figure()
+    canvas = figure(comparison)
     above, below = canvas.axes[0], canvas.axes[3]
     live, again, simulated = (np.asarray(line.get_xdata()) for line in above.lines)
     assert live == pytest.approx(np.sort(ttft))

@@ -74,8 +74,14 @@ def test_every_step_with_policies_is_equal() -> None:
 
 
 def test_the_fast_engine_decides_the_same_at_the_same_steps() -> None:
-    seen = check([random_workload(seed) for seed in range(300)], "fast")
+    seen = check([random_workload(seed) for seed in range(250)], "fast")
     assert {key for key in FEATURES if seen[f"with {key}"] < 12} == set()
+
+
+def test_the_fast_engine_with_asynchronous_scheduling_decides_the_same_at_the_same_steps() -> None:
+    workloads = [random_workload(seed, asynchronous=True) for seed in range(3000, 3150)]
+    seen = check(workloads, "fast")
+    assert {key for key in FEATURES if seen[f"with {key}"] < 6} == set()
 
 
 def test_the_fast_engine_with_policies_decides_the_same_at_the_same_steps() -> None:
@@ -210,7 +216,7 @@ def test_a_wrong_rule_is_noticed(monkeypatch: pytest.MonkeyPatch, mistake: str) 
 
 def test_a_wrong_rule_of_the_fast_engine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     _no_exemption(monkeypatch)
-    monkeypatch.setattr(simulated.RecordingFastEngine, "_threshold", lambda self: 1)
+    monkeypatch.setattr(simulated.Noting, "_threshold", lambda self: 1)
     differences = (compare(random_workload(seed), "fast").difference for seed in range(50))
     assert next((d for d in differences if d is not None), None) is not None
 

@@ -20,7 +20,8 @@ from sim.simulator import Simulator
 from traces import Trace
 from validate import ranking
 from validate.live_validation import at_load
-from validate.ranking import ARMS, METRICS, PAIRS, QUICK, WORKLOADS, Effect, Pair, effects, rank
+from validate.ranking import ARMS, METRICS, PAIRS, QUICK, Effect, Pair, effects, rank
+from validate.ranking_workloads import LIMITS, WORKLOADS
 
 TTFT = Pair("a", "b", "mean TTFT")
 HITS = Pair("a", "b", "hit rate")
@@ -102,10 +103,10 @@ def _deployment() -> Deployment:
         "a100_80g",
         "qwen3_0_6b",
         block_tokens=32,
-        num_gpu_blocks=ranking.LIMITS.num_gpu_blocks,
-        max_num_seqs=ranking.LIMITS.max_num_seqs,
-        max_num_batched_tokens=ranking.LIMITS.max_num_batched_tokens,
-        max_model_len=ranking.LIMITS.max_model_len,
+        num_gpu_blocks=LIMITS.num_gpu_blocks,
+        max_num_seqs=LIMITS.max_num_seqs,
+        max_num_batched_tokens=LIMITS.max_num_batched_tokens,
+        max_model_len=LIMITS.max_model_len,
     )
 
 
@@ -163,7 +164,7 @@ def test_runs_are_short_and_their_traces_follow_from_the_seed() -> None:
         assert make(50, 1) == make(50, 1)
         assert make(50, 1) != make(50, 2)
         longest = trace.requests["prompt_tokens"] + trace.requests["output_tokens"]
-        assert longest.max() < (ranking.LIMITS.max_model_len or 0)
+        assert longest.max() < (LIMITS.max_model_len or 0)
         assert set(trace.requests["slo_class"]) == {"interactive", "batch"}
 
 

@@ -93,7 +93,7 @@ def test_transformers_reads_tokenizer_template_and_configuration(tmp_path: Path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer("t0 t5 unheard").input_ids == [7, 12, 0]
     assert tokenizer.decode([7, 12]) == "t0 t5"
-    assert tokenizer.all_special_ids == [0, 1, 2]
+    assert sorted(tokenizer.all_special_ids) == [0, 1, 2]
     chat = [{"role": "user", "content": "t1 t2"}]
     assert tokenizer.apply_chat_template(
         chat, tokenize=False, add_generation_prompt=True
