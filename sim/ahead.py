@@ -180,6 +180,8 @@ class AheadEngine(FastEngine):
             self._fold(count - 1)
         self._ends = None
         self._count = 0
+        if self._tellers:
+            self._tell(ENDLESS)  # all are scheduled for the step that executes next
         if self._aborts:
             self._drop_aborted(now)
         if self._limbo or self._stale:
@@ -225,11 +227,6 @@ class AheadEngine(FastEngine):
         victim.output_tokens -= 1
         self._stale.append(victim)
         return known
-
-    def _give_up(self, request: Request, known: int, now_ps: int) -> None:
-        if self._tellers:
-            self._tell(ENDLESS)  # all are scheduled for the step that executes next
-        super()._give_up(request, known, now_ps)
 
     def _withdraw(self, request: Request, now_ps: int) -> bool:
         if request not in self._running:

@@ -359,8 +359,6 @@ class Batching(Engine):
 
     def _give_up(self, request: Request, known: int, now_ps: int) -> None:
         """The request leaves for good; full blocks of ``known`` tokens have a hash."""
-        if self._tellers:
-            self._tell(0)
         full = known // self.block_tokens if self._caching else 0
         self.pool.retire(request, full, request.blocks, now_ps / PS_PER_S)
         del self._running[request]

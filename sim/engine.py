@@ -553,6 +553,8 @@ class FastEngine(Batching):
         self._count = 0
         self._step = step = self._step + 1
         self._context += self._decodes
+        if self._tellers:
+            self._tell(0)
         if self._aborts:
             self._drop_aborted(now)
         heap = self._due_heap

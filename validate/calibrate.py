@@ -34,12 +34,14 @@ token of its context, and a unit of ``2*n*old + n*n`` of a prompt chunk."""
 LEAST_STEPS = 20
 OUTLIER = 3.0
 """A step so many times longer (or shorter) than the fit says was disturbed by something else."""
+WORST = 10.0
+"""What a disturbed step counts for at most, in parts of what it should have taken."""
 GRID = log(1.25)
 """Batches whose features differ by less than a quarter are one point of the fit."""
 HELD_OUT_STEPS = 25
 """Every fourth stretch of so many consecutive steps is predicted by a fit to the others."""
 FOLDS = 4
-MOST_WEIGHT = 16
+MOST_WEIGHT = 100
 """Steps of a point beyond which it gets no more weight."""
 
 Floats = NDArray[np.float64]
@@ -76,7 +78,7 @@ class StepFit:
     held_out_total_error: float
     """Relative error of the sum of those steps' times."""
     outliers: tuple[str, ...]
-    """Names of the steps that were left out."""
+    """Names of disturbed steps: they count for the sum of all times, but not for single points."""
     outlier_share: float
     """Their part of the measured time."""
 
@@ -89,12 +91,14 @@ class StepFit:
     def lines(self) -> list[str]:
         """The fit in words."""
         c0, cp, cd, cc, ca = (self.constants_s[name] for name in CONSTANTS)
-        left_out = f"{len(self.outliers)} left out ({100 * self.outlier_share:.1f} % of the time)"
+        disturbed = (
+            f"{len(self.outliers)} more disturbed ({100 * self.outlier_share:.1f} % of the time)"
+        )
         return [
             f"step time = {1e3 * c0:.3f} ms + {1e6 * cp:.2f} us x prompt tokens "
             f"+ {1e6 * cd:.2f} us x decodes + {1e9 * cc:.2f} ns x context "
             f"+ {1e9 * ca:.3f} ns x (2 n old + n n)",
-            f"fitted to {self.steps} steps at {self.points} points, {left_out}: "
+            f"fitted to {self.steps} steps at {self.points} points, {disturbed}: "
             f"R2 {self.r2:.4f}, error {100 * self.mape:.1f} %; held-out steps: "
             f"{100 * self.held_out_mape:.1f} % each, {100 * self.held_out_total_error:+.1f} % "
             f"in total",
@@ -200,7 +204,7 @@ def fit_steps(steps: Sequence[MeasuredStep]) -> StepFit:
 
     First a fit to the median time of each point (batches that are almost alike), which tells
     disturbed steps from the others; then relative least squares on the mean times of the rest,
-    because a run takes as long as its steps take on average.
+    scaled to the sum of all, because a run takes as long as its steps take on average.
 
     Raises:
         CalibrationError: too few steps, a time that is not positive, or no step with a prompt
@@ -231,13 +235,13 @@ def fit_steps(steps: Sequence[MeasuredStep]) -> StepFit:
 def drift(fit: StepFit, before: Sequence[MeasuredStep], after: Sequence[MeasuredStep]) -> float:
     """How much slower the engine was afterwards: 0.1 is 10 % more time for the same work.
 
-    Disturbed steps count with at most ``OUTLIER`` times what they should have taken.
+    Disturbed steps count with at most ``WORST`` times what they should have taken.
     """
     ratios = []
     for steps in (before, after):
         predicted = _features(steps) @ np.array([fit.constants_s[name] for name in CONSTANTS])
         measured = np.array([step.duration_s for step in steps])
-        ratios.append(float(np.minimum(measured, OUTLIER * predicted).sum() / predicted.sum()))
+        ratios.append(float(np.minimum(measured, WORST * predicted).sum() / predicted.sum()))
     return ratios[1] / ratios[0] - 1
 
 
@@ -317,7 +321,11 @@ def _robust(
             f"{len(times) - int(kept.sum())} of {len(times)} steps are more than {OUTLIER:g} "
             f"times off any fit: the machine is too busy to measure on, or its OpenMP threads spin"
         )
-    return _solve(*_centres(features[kept], times[kept], groups[kept])), kept
+    constants = _solve(*_centres(features[kept], times[kept], groups[kept]))
+    # Neither what the model cannot express nor disturbances, which live runs have as well, must
+    # make the whole longer or shorter than it was.
+    predicted = features @ constants
+    return constants * np.minimum(times, WORST * predicted).sum() / predicted.sum(), kept
 
 
 def _held_out(features: Floats, times: Floats, groups: NDArray[np.int64]) -> tuple[float, float]:
@@ -331,8 +339,9 @@ def _held_out(features: Floats, times: Floats, groups: NDArray[np.int64]) -> tup
         seen = fold != k
         constants, _ = _robust(features[seen], times[seen], groups[seen])
         guess = features[~seen] @ constants
-        ordinary = times[~seen] < OUTLIER * guess
-        measured.append(times[~seen][ordinary])
-        predicted.append(guess[ordinary])
+        measured.append(np.minimum(times[~seen], WORST * guess))
+        predicted.append(guess)
     truth, guess = np.concatenate(measured), np.concatenate(predicted)
-    return float(np.mean(np.abs(guess / truth - 1))), float(guess.sum() / truth.sum() - 1)
+    ordinary = truth < OUTLIER * guess
+    error = float(np.mean(np.abs(guess[ordinary] / truth[ordinary] - 1)))
+    return error, float(guess.sum() / truth.sum() - 1)

@@ -13,22 +13,25 @@ from validate.calibrate import CalibrationError
 
 __all__ = ["calibration_trace"]
 
+PAUSE_S = 0.05
+"""Mean time between an answer and the session's next request."""
+
 
 def calibration_trace(
     limits: EngineLimits,
     seed: int,
     *,
-    requests: int = 160,
+    requests: int = 120,
     longest_tokens: int = 1024,
     most_running: int = 16,
 ) -> Trace:
     """Requests whose steps cover what an engine can be asked to compute.
 
-    ``most_running`` sessions begin at once and each sends its next request when the last one is
-    answered, so the traffic adapts to any engine. They have between one and many turns, so the
+    ``most_running`` sessions begin at once and each sends its next request soon after the last one
+    is answered, so the traffic adapts to any engine. They have between one and many turns, so the
     number of decodes falls from ``most_running`` to one while it runs; the last session ends with
-    prompts that are computed alone. In every second session a turn continues the one before,
-    which gives short chunks behind long contexts.
+    prompts that find the engine idle, as most do at low load: such steps take longer. In every
+    second session a turn continues the one before, which gives short chunks behind long contexts.
 
     Args:
         limits: of the engine; prompts stay within its context length.
@@ -52,7 +55,8 @@ def calibration_trace(
     unused = 0
 
     def add(session: int, turn: int, prompt: int, output: int, chain: list[int]) -> None:
-        values = (prompt, output, f"calibration-{session}", turn, 0.0)
+        pause_s = float(rng.exponential(PAUSE_S)) if turn else 0.0
+        values = (prompt, output, f"calibration-{session}", turn, pause_s)
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
         chains.append(chain)
@@ -68,7 +72,7 @@ def calibration_trace(
         for turn in range(turns[session]):
             # Lengths are spread evenly over their orders of magnitude.
             more = int(np.exp(rng.uniform(log(8), log(longest))))
-            output = int(np.exp(rng.uniform(log(2), log(96))))
+            output = int(np.exp(rng.uniform(log(8), log(160))))
             if session % 2 == 0 or prompt + more > longest:
                 prompt, chain = 0, []
             prompt += more
@@ -76,12 +80,12 @@ def calibration_trace(
             add(session, turn, prompt, output, chain)
     alone = np.unique(np.geomspace(8, longest, 12).astype(int))
     for i, prompt in enumerate(np.repeat(alone, 2).tolist()):
-        add(seats - 1, int(turns[-1]) + i, prompt, 1 + i % 2, fresh(prompt // size))
+        add(seats - 1, int(turns[-1]) + i, prompt, 8, fresh(prompt // size))
     return Trace.build(
         "calibration",
         {"arrival_s": 0.0, **columns},
         Chains.from_lists(chains),
         block_tokens=size,
         synthetic="everything",
-        notes=("each session sends its next request when the last one is answered",),
+        notes=("sessions send their next request soon after the last one is answered",),
     )

@@ -54,7 +54,7 @@ class Prompts(Sequence[NDArray[np.int64]]):
         self._lengths: NDArray[np.int64] = trace.requests["prompt_tokens"].to_numpy()
         self._block_tokens = block_tokens
         self._vocabulary = vocabulary
-        self._salt = _mixed(np.array([seed], dtype=np.int64).astype(np.uint64)) & ~PRIVATE
+        self._salt = _mixed(np.array([seed % (1 << 64)], dtype=np.uint64)) & ~PRIVATE
 
     def __len__(self) -> int:
         return len(self._lengths)

@@ -32,7 +32,7 @@ from sim.result import Result
 from sim.simulator import Simulator
 from traces import Trace
 from validate.calibrate import fit_steps
-from validate.live_validation import at_load, calibrated, delayed
+from validate.live_validation import at_load, calibrated, delayed, overheads
 from validate.ranking_workloads import LIMITS, WORKLOADS
 from validate.vllm_backend import VllmBackend
 
@@ -327,7 +327,8 @@ def _rank_all(options: argparse.Namespace) -> int:
         say("calibrating")
         parts = [calibrated(backend, default, seed) for seed in range(2)]
         fit = fit_steps([step for steps, _ in parts for step in steps])
-        way_s = max(way_s for _, way_s in parts)
+        traffic = [result for _, result in parts]
+        overhead = overheads(traffic, fit.model, LIMITS.max_num_batched_tokens)
         for line in fit.lines():
             say(line)
         traces = {
@@ -338,7 +339,7 @@ def _rank_all(options: argparse.Namespace) -> int:
         found = rank(
             traces,
             pairs,
-            lambda trace, policies: delayed(simulator.serve(trace, policies), way_s),
+            lambda trace, policies: delayed(simulator.serve(trace, policies), overhead),
             backend.serve,
             repeats=options.repeats,
             say=say,

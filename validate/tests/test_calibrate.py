@@ -90,15 +90,18 @@ def test_the_fitted_model_counts_in_whole_picoseconds(batches: list[Batch]) -> N
 def test_noise_and_disturbed_steps_change_little(batches: list[Batch], seed: int) -> None:
     steps = _measured(batches, noise=0.1, disturbed=12, seed=seed)
     fit = fit_steps(steps)
-    clean = [TRUE.step_ps(batch) for batch in batches]
-    predicted = [fit.model.step_ps(batch) for batch in batches]
-    assert sum(predicted) == pytest.approx(sum(clean), rel=0.01)
-    assert np.mean(np.abs(np.array(predicted) / np.array(clean) - 1)) < 0.02
+    clean = np.array([TRUE.step_ps(batch) for batch in batches])
+    predicted = np.array([fit.model.step_ps(batch) for batch in batches])
+    # What disturbed steps took is spread over all of them, up to ten times what they should take.
+    taken = np.minimum([step.duration_s * PS_PER_S for step in steps], 10 * clean)
+    assert predicted.sum() == pytest.approx(taken.sum(), rel=0.015)
+    shape = predicted / predicted.sum() * clean.sum() / clean
+    assert np.mean(np.abs(shape - 1)) < 0.025
     long = {step.name for step, ps in zip(steps, clean, strict=True) if step.duration_s > 0.2}
     assert len(long) >= 12
     assert set(fit.outliers) <= long
     assert len(fit.outliers) >= 10  # 0.2 s more is not three times as long for the longest steps
-    assert 0.05 < fit.held_out_mape < 0.12
+    assert 0.05 < fit.held_out_mape < 0.18
 
 
 def test_the_error_in_total_shows_what_a_wrong_shape_costs(batches: list[Batch]) -> None:
@@ -151,7 +154,7 @@ def test_a_fit_says_what_it_found(batches: list[Batch]) -> None:
     formula, errors = fit.lines()
     assert f"{1e3 * fit.constants_s['c0_s']:.3f} ms" in formula
     assert f"{fit.steps} steps" in errors
-    assert f"{len(fit.outliers)} left out" in errors
+    assert f"{len(fit.outliers)} more disturbed" in errors
     assert fit.document()["constants_s"]["cp_s"] == fit.constants_s["cp_s"]
 
 

@@ -18,7 +18,7 @@ from sim.latency import AffineStepModel
 from sim.result import Result
 from sim.simulator import Simulator
 from traces import Trace, generate
-from validate.live_validation import at_load, delayed, travel_s, validate
+from validate.live_validation import Overheads, at_load, delayed, overheads, validate
 
 STEPS = AffineStepModel(2_600_000_000, 32_000_000, 100_000_000, 140_000, 14_000)
 
@@ -27,18 +27,24 @@ def _deployment() -> Deployment:
     return Deployment.of("a100_80g", "qwen3_0_6b", num_gpu_blocks=400, max_num_seqs=8)
 
 
-def _result(arrival_s: list[float], admitted_s: list[float], finish_s: list[float]) -> Result:
+def _result(
+    arrival_s: list[float],
+    admitted_s: list[float],
+    finish_s: list[float],
+    first_s: list[float] | None = None,
+) -> Result:
     count = len(arrival_s)
     requests = pd.DataFrame(
         {
             "id": [str(i) for i in range(count)],
             "arrival_s": arrival_s,
             "admitted_s": admitted_s,
-            "first_token_s": finish_s,
+            "first_token_s": finish_s if first_s is None else first_s,
             "finish_s": finish_s,
             "prompt_tokens": 10,
             "output_tokens": 1,
             "cached_tokens": 0,
+            "engine": 0,
             "state": ["rejected" if isnan(end) else "finished" for end in finish_s],
             "slo_ttft_s": inf,
             "slo_tpot_s": inf,
@@ -49,26 +55,48 @@ def _result(arrival_s: list[float], admitted_s: list[float], finish_s: list[floa
     return Result(requests=requests, runs=empty, engines=empty, meta={"trace": "by hand"})
 
 
-def test_the_way_to_the_engine_is_seen_where_it_was_idle() -> None:
-    # The second comes while the first is served and waits for it; the others find nobody.
-    result = _result([0.0, 0.5, 3.0, 5.0], [0.002, 1.0, 3.004, 5.003], [1.0, 2.0, 4.0, 6.0])
-    assert travel_s(result) == pytest.approx(0.003)
+def test_overheads_are_those_of_requests_that_found_an_idle_engine() -> None:
+    # The second comes while the first is served; the others find nobody. A prompt of 10 tokens
+    # should take 2.6 + 10 * 0.032 + 100 * 14e-6 = 2.9214 ms.
+    first_s = [0.002 + 0.0039214, 1.9, 3.004 + 0.0049214, 5.003 + 0.0059214]
+    result = _result(
+        [0.0, 0.5, 3.0, 5.0], [0.002, 1.0, 3.004, 5.003], [1.0, 2.0, 4.0, 6.0], first_s
+    )
+    assert overheads([result], STEPS, 512) == pytest.approx((0.003, 0.002))
+    assert overheads([result, result], STEPS, 512) == pytest.approx((0.003, 0.002))
+    in_two_steps = overheads([result], STEPS, 5).wake_s
+    assert in_two_steps == 0.0  # two steps should have taken longer than it did
 
 
 def test_requests_that_never_finished_tell_nothing() -> None:
-    assert travel_s(_result([0.0, 0.5], [nan, nan], [nan, nan])) == 0.0
+    assert overheads([_result([0.0, 0.5], [nan, nan], [nan, nan])], STEPS, 512) == (0.0, 0.0)
+
+
+def test_extremes_of_overheads_do_not_count() -> None:
+    at = [float(i) for i in range(20)]
+    waits = [0.001] * 18 + [0.9, 0.0]
+    admitted = [a + w for a, w in zip(at, waits, strict=True)]
+    first = [a + 0.0039214 for a in admitted]
+    result = _result(at, admitted, [a + 0.95 for a in at], first)
+    assert overheads([result], STEPS, 512) == pytest.approx((0.001, 0.001))
 
 
 def test_a_delay_moves_what_the_engine_does_and_not_the_arrival() -> None:
     before = Simulator(_deployment(), step_model=STEPS).serve(
-        generate("independent", count=20, rate_per_s=5.0), policy_set()
+        generate("independent", count=60, rate_per_s=5.0, output_mean=30), policy_set()
     )
-    after = delayed(before, 0.25)
-    for name, moved in (("arrival_s", 0), ("admitted_s", 0.25), ("first_token_s", 0.25)):
-        assert np.allclose(after.requests[name] - before.requests[name], moved), name
-    assert after.summary()["e2e_mean_s"] == pytest.approx(before.summary()["e2e_mean_s"] + 0.25)
+    after = delayed(before, Overheads(travel_s=0.25, wake_s=0.5))
+    old, new = before.requests, after.requests
+    woken = new["first_token_s"] - old["first_token_s"]
+    busy_until_s = old["finish_s"].cummax().shift(1, fill_value=-1.0)
+    idle = old["arrival_s"] > busy_until_s
+    assert 5 < idle.sum() < 55
+    assert np.allclose(woken, np.where(idle, 0.75, 0.25))
+    assert new["arrival_s"].equals(old["arrival_s"])
+    assert np.allclose(new["admitted_s"] - old["admitted_s"], 0.25)
+    assert np.allclose(new["finish_s"] - old["finish_s"], woken)
     assert after.summary()["tpot_mean_s"] == pytest.approx(before.summary()["tpot_mean_s"])
-    assert after.meta["travel_s"] == 0.25
+    assert (after.meta["travel_s"], after.meta["wake_s"]) == (0.25, 0.5)
 
 
 @pytest.mark.parametrize("load", [0.3, 0.6, 1.5])
@@ -122,7 +150,7 @@ def test_a_whole_validation_of_the_tiny_model(tmp_path: Path) -> None:
     assert both.parity.rows > 200
     assert both.parity.equal == both.parity.rows, both.parity.first
     assert found.fit is not None
-    assert 0 < found.travel_s < 0.1
+    assert 0 < found.overheads.travel_s < 0.1
     for name, error in both.mean_errors.items():
         assert error is not None, name
         assert -0.8 < error < 4, name
