@@ -32,7 +32,19 @@ from traces.slo import assign_slo
 if TYPE_CHECKING:
     from validate.vllm_backend import VllmBackend
 
-__all__ = ["ConfigError", "compose", "rerun", "resolved", "run", "simulate", "trace_of"]
+__all__ = [
+    "ConfigError",
+    "backend_of",
+    "compose",
+    "deployment_of",
+    "policies_of",
+    "read_trace",
+    "rerun",
+    "resolved",
+    "run",
+    "simulate",
+    "trace_of",
+]
 
 Progress = Callable[[int, int], None]
 """Called now and then with (requests done, requests)."""
@@ -77,19 +89,20 @@ def rerun(
 
 def trace_of(config: DictConfig) -> Trace:
     """The configuration's trace: read or generated, then cut, rescaled and given SLOs."""
-    return _trace(resolved(config))
+    return read_trace(resolved(config))
 
 
 def _simulate(values: Mapping[str, Any], progress: Progress | None) -> Result:
     for module in values["policy_modules"]:
         load_module(module)
-    backend = _backend(values)
-    policies = _policies(values["policies"])
-    return backend.serve(_trace(values), policies, seed=values["seed"], progress=progress)
+    backend = backend_of(values)
+    policies = policies_of(values["policies"])
+    return backend.serve(read_trace(values), policies, seed=values["seed"], progress=progress)
 
 
-def _backend(values: Mapping[str, Any]) -> Simulator | VllmBackend:
-    deployment, live = _deployment(values), values["live"]
+def backend_of(values: Mapping[str, Any]) -> Simulator | VllmBackend:
+    """What serves: the simulator or live engines, by resolved values."""
+    deployment, live = deployment_of(values), values["live"]
     if values["backend"] == "vllm":
         from validate.vllm_backend import VllmBackend  # noqa: PLC0415 - only live runs need it
 
@@ -102,6 +115,8 @@ def _backend(values: Mapping[str, Any]) -> Simulator | VllmBackend:
             options |= part
         if values["record_decisions"]:
             raise ConfigError("record_decisions: policies of live engines run elsewhere; use sim")
+        if values["signal_age_s"]:
+            raise ConfigError("signal_age_s: signals of live engines have the age they have; use 0")
         return VllmBackend(
             deployment,
             model=live["model"],
@@ -122,7 +137,8 @@ def _backend(values: Mapping[str, Any]) -> Simulator | VllmBackend:
     )
 
 
-def _deployment(values: Mapping[str, Any]) -> Deployment:
+def deployment_of(values: Mapping[str, Any]) -> Deployment:
+    """The engines of resolved values."""
     return Deployment(
         chip=load_chip(values["chip"]["name"]),
         model=load_model(values["model"]["name"]),
@@ -134,7 +150,8 @@ def _deployment(values: Mapping[str, Any]) -> Deployment:
     )
 
 
-def _policies(nodes: Mapping[str, Mapping[str, Any]]) -> PolicySet:
+def policies_of(nodes: Mapping[str, Mapping[str, Any]]) -> PolicySet:
+    """The policies of the resolved node ``policies``."""
     specs = {
         kind: {key: value for key, value in node.items() if (key, value) != ("seed", None)}
         for kind, node in nodes.items()
@@ -153,7 +170,8 @@ def _policies(nodes: Mapping[str, Mapping[str, Any]]) -> PolicySet:
 # --------------------------------------------------------------------------- traces
 
 
-def _trace(values: Mapping[str, Any]) -> Trace:
+def read_trace(values: Mapping[str, Any]) -> Trace:
+    """The trace of resolved values; as ``trace_of``."""
     node = dict(values["trace"])
     cut = {
         key: node.pop(key) for key in ("limit", "rate_scale", "dequantise_s", "between", "classes")

@@ -80,34 +80,38 @@ class StepModel(Protocol):
 
 
 class AffineStepModel:
-    """``c0 + cp*P + cd*D + cc*C + ca*A`` picoseconds: the model of theory and of fuzz tests.
+    """``c0 + cp*P + cd*D + cc*C + ca*A + cn*N`` picoseconds: for theory, fuzz tests and fits.
 
-    P prompt tokens, D decodes, C their context, and A the sum over chunks of ``2*n*old + n*n``.
+    P prompt tokens, D decodes, C their context, A the sum over prompt chunks of
+    ``2*n*old + n*n``, and N the number of prompt chunks.
     """
+
+    CONSTANTS_S = ("c0_s", "cp_s", "cd_s", "cc_s", "ca_s", "cn_s")
+    """What the constants are called where they are given in seconds."""
 
     longest_matters = False
 
-    def __init__(self, c0: int, cp: int, cd: int, cc: int, ca: int) -> None:
-        coefficients = (c0, cp, cd, cc, ca)
+    def __init__(self, c0: int, cp: int, cd: int, cc: int, ca: int, cn: int = 0) -> None:
+        coefficients = (c0, cp, cd, cc, ca, cn)
         if c0 < 1 or min(coefficients) < 0:
             raise ValueError(f"c0 must be positive, the rest not negative: got {coefficients}")
         self._coefficients = coefficients
 
     def step_ps(self, batch: Batch) -> int:
         """Picoseconds of any step."""
-        c0, cp, cd, cc, ca = self._coefficients
+        c0, cp, cd, cc, ca, cn = self._coefficients
         prompt = area = 0
         for new, old in batch.prefills:
             prompt += new
             area += new * (2 * old + new)
         _check_not_empty(prompt + batch.decodes)
         decode = cd * batch.decodes + cc * batch.decode_context_tokens
-        return c0 + cp * prompt + decode + ca * area
+        return c0 + cp * prompt + decode + ca * area + cn * len(batch.prefills)
 
     def decode_run(self, decodes: int, context_tokens: int) -> DecodeRun:
         """Affine for ever."""
         _check_not_empty(decodes)
-        c0, _, cd, cc, _ = self._coefficients
+        c0, _, cd, cc, _, _ = self._coefficients
         return DecodeRun(c0 + cd * decodes + cc * context_tokens, cc * decodes, UNLIMITED_STEPS)
 
     def prefill_ps(self, tokens: int, context: int = 0) -> int:

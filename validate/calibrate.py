@@ -27,7 +27,7 @@ __all__ = [
     "measured_steps",
 ]
 
-CONSTANTS = ("c0_s", "cp_s", "cd_s", "cc_s", "ca_s")
+CONSTANTS = AffineStepModel.CONSTANTS_S
 """Names of the model's constants in seconds: of a step, a prompt token, a decoding sequence, a
 token of its context, and a unit of ``2*n*old + n*n`` of a prompt chunk."""
 
@@ -90,14 +90,14 @@ class StepFit:
 
     def lines(self) -> list[str]:
         """The fit in words."""
-        c0, cp, cd, cc, ca = (self.constants_s[name] for name in CONSTANTS)
+        c0, cp, cd, cc, ca, cn = (self.constants_s[name] for name in CONSTANTS)
         disturbed = (
             f"{len(self.outliers)} more disturbed ({100 * self.outlier_share:.1f} % of the time)"
         )
         return [
-            f"step time = {1e3 * c0:.3f} ms + {1e6 * cp:.2f} us x prompt tokens "
-            f"+ {1e6 * cd:.2f} us x decodes + {1e9 * cc:.2f} ns x context "
-            f"+ {1e9 * ca:.3f} ns x (2 n old + n n)",
+            f"step time = {1e3 * c0:.3f} ms + {1e3 * cn:.3f} ms x prompt chunks "
+            f"+ {1e6 * cp:.2f} us x prompt tokens + {1e6 * cd:.2f} us x decodes "
+            f"+ {1e9 * cc:.2f} ns x context + {1e9 * ca:.3f} ns x (2 n old + n n)",
             f"fitted to {self.steps} steps at {self.points} points, {disturbed}: "
             f"R2 {self.r2:.4f}, error {100 * self.mape:.1f} %; held-out steps: "
             f"{100 * self.held_out_mape:.1f} % each, {100 * self.held_out_total_error:+.1f} % "
@@ -260,13 +260,14 @@ def _check(steps: Sequence[MeasuredStep]) -> None:
 
 
 def _features(steps: Sequence[MeasuredStep]) -> Floats:
-    """One row per step: 1, P, D, C, A of ``AffineStepModel``."""
+    """One row per step: 1, P, D, C, A, N of ``AffineStepModel``."""
     table = np.ones((len(steps), len(CONSTANTS)))
     for row, (batch, _, _) in zip(table, steps, strict=True):
         row[1] = sum(new for new, _ in batch.prefills)
         row[2] = batch.decodes
         row[3] = batch.decode_context_tokens
         row[4] = sum(new * (2 * old + new) for new, old in batch.prefills)
+        row[5] = len(batch.prefills)
     return table
 
 

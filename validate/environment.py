@@ -30,7 +30,7 @@ def cpu_environment(*, core: int | None = None) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         "PYTHONHASHSEED": "0",
     }
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"

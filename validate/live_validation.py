@@ -62,7 +62,7 @@ ENGINE = (
 )
 TRACE = (
     "trace=chat",
-    "trace.sessions=28",
+    "trace.sessions=200",
     "trace.session_rate_per_s=1",
     "trace.think_mean_s=1",
     "trace.system_min=64",
@@ -75,7 +75,7 @@ TRACE = (
 )
 DEFAULTS = (*ENGINE, *TRACE)
 """What is validated unless told otherwise: sized for the tiny model on two cores."""
-QUICK = ("trace.limit=40",)
+QUICK = ("trace.limit=200",)
 
 LOAD = 0.6
 """Of the default trace, in parts of what the engine can serve."""
@@ -275,8 +275,8 @@ def validate(
     values = resolved(compose([*defaults, *overrides]))
     for module in values["policy_modules"]:
         load_module(module)
-    deployment, policies = runs._deployment(values), runs._policies(values["policies"])
-    trace, seed = runs._trace(values), values["seed"]
+    deployment, policies = runs.deployment_of(values), runs.policies_of(values["policies"])
+    trace, seed = runs.read_trace(values), values["seed"]
     if load is None and not own:
         load = LOAD
     parts: list[list[MeasuredStep]] = []
@@ -286,7 +286,7 @@ def validate(
     say("starting the engine")
     live_values = {**values["live"], "model": model or values["live"]["model"]}
     changes = {"backend": "vllm", "live": live_values, "record_decisions": False}
-    backend = runs._backend({**values, **changes})
+    backend = runs.backend_of({**values, **changes})
     assert isinstance(backend, VllmBackend)
     with backend:
         for repeat in range(repeats + 1):

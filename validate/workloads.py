@@ -23,7 +23,7 @@ from validate.prompts import Prompts
 STEP_PS = PS_PER_S // 50
 """How long each step takes on the clocks of both sides; policies see seconds."""
 
-STEP_CONSTANTS_PS = (4_000_000_000, 30_000_000, 50_000_000, 100_000, 10_000)
+STEP_CONSTANTS_PS = (4_000_000_000, 30_000_000, 50_000_000, 100_000, 10_000, 1_000_000_000)
 """Constants of the ``AffineStepModel`` that says what ``EngineView.prefill_s`` answers."""
 
 SLOS = (

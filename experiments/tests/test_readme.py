@@ -36,7 +36,7 @@ LIMITS = {
     "servelab demo": ["--limit", "60"],
     "python -m experiments.run": ["trace.limit=100"],
     "python -m experiments.bench": ["--case", "generated", "--limit", "100"],
-    "servelab validate": ["--quick"],
+    "servelab validate": ["--help"],
     "servelab parity --seeds": ["--seeds", "0:5", "--jobs", "1"],
     "servelab front": ["--help"],
     "python -m validate.ranking": ["--help"],

@@ -286,7 +286,7 @@ def test_spreading_experts_wider_trades_weight_reading_for_messages() -> None:
 
 
 @given(
-    st.tuples(st.integers(1, 10**10), *[st.integers(0, 10**6)] * 4),
+    st.tuples(st.integers(1, 10**10), *[st.integers(0, 10**6)] * 5),
     batches(),
     st.integers(0, 1000),
 )
@@ -295,7 +295,8 @@ def test_the_affine_model_is_affine(c: tuple[int, ...], batch: Batch, j: int) ->
     prompt = sum(new for new, _ in batch.prefills)
     area = sum((old + new) ** 2 - old**2 for new, old in batch.prefills)
     decode = c[2] * batch.decodes + c[3] * batch.decode_context_tokens
-    assert model.step_ps(batch) == c[0] + c[1] * prompt + decode + c[4] * area
+    prefill = c[1] * prompt + c[4] * area + c[5] * len(batch.prefills)
+    assert model.step_ps(batch) == c[0] + prefill + decode
     decodes, context = batch.decodes + 1, batch.decode_context_tokens + 1
     run = model.decode_run(decodes, context)
     later = Batch((), decodes, context + j * decodes, 0)

@@ -120,7 +120,7 @@ def random_case(seed: int) -> Case:
         steps=(
             step_model(*more.choice(PROFILES))
             if more.random() < 0.25 and not tie
-            else AffineStepModel(*steps)
+            else AffineStepModel(*steps, 0 if tie else more.randint(0, 10**9))
         ),
         admission=rng.choice(
             [

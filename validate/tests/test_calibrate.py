@@ -23,7 +23,7 @@ from validate.calibrate import (
 )
 from validate.calibration_traffic import calibration_trace
 
-TRUE_S = (2.3e-3, 3.2e-5, 4.5e-5, 1.4e-7, 1.4e-8)
+TRUE_S = (2.3e-3, 3.2e-5, 4.5e-5, 1.4e-7, 1.4e-8, 1.1e-3)
 """About what the tiny model takes on two cores."""
 TRUE = AffineStepModel(*(round(value * PS_PER_S) for value in TRUE_S))
 

@@ -22,7 +22,7 @@ from validate.vllm_plugin import bare, config
 from validate.vllm_plugin.views import StepTimes
 from validate.workloads import Entry, Workload
 
-STEPS = {"c0_s": 0.002, "cp_s": 3e-5, "cd_s": 4e-5, "cc_s": 1e-7, "ca_s": 1e-9}
+STEPS = {"c0_s": 0.002, "cp_s": 3e-5, "cd_s": 4e-5, "cc_s": 1e-7, "ca_s": 1e-9, "cn_s": 1e-3}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from sim.latency import AffineStepModel
 from sim.request import PS_PER_S
 from sim.scheduler import EngineLimits
 from validate.decisions import Decision
@@ -113,12 +114,15 @@ def engine_config(
 class BareEngine:
     """A scheduler with a fake model, and the loop of ``EngineCore`` around it."""
 
-    def __init__(self, workload: Workload, *, plugged: bool = False) -> None:
+    def __init__(
+        self, workload: Workload, *, plugged: bool = False, record: bool = True
+    ) -> None:
         """Make the scheduler.
 
         Args:
             workload: its options and policies, and what ``run`` will play.
             plugged: use the plug-in's scheduler classes even if no policy is given.
+            record: write down what is decided, which takes longer than deciding it.
         """
         self.workload = workload
         self.rows: list[Decision] = []
@@ -126,7 +130,7 @@ class BareEngine:
         self.finished: dict[str, tuple[int, int]] = {}
         """When requests finished, in picoseconds, and with how many output tokens."""
         limits = workload.limits
-        constants = zip(("c0_s", "cp_s", "cd_s", "cc_s", "ca_s"), STEP_CONSTANTS_PS, strict=True)
+        constants = zip(AffineStepModel.CONSTANTS_S, STEP_CONSTANTS_PS, strict=True)
         step_times = {key: value / PS_PER_S for key, value in constants}
         config = engine_config(
             limits,
@@ -143,7 +147,8 @@ class BareEngine:
             init_none_hash(hash_function)
             self._hasher = get_request_block_hasher(limits.block_tokens, hash_function)
         self.scheduler.clock = self.clock  # vLLM's own classes have none, but the recorder asks
-        Recorder(self.scheduler, self.rows.append)
+        if record:
+            Recorder(self.scheduler, self.rows.append)
 
     def clock(self) -> float:
         """The virtual time in seconds."""

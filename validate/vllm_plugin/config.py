@@ -24,7 +24,7 @@ KINDS = ("admission", "eviction", "reuse")
 KEYS = (*KINDS, "policy_modules", "seed", "decisions", "step_times")
 """What the mapping below ``servelab`` may hold; all of it may be left out."""
 
-CONSTANTS = ("c0_s", "cp_s", "cd_s", "cc_s", "ca_s")
+CONSTANTS = AffineStepModel.CONSTANTS_S
 """What ``step_times`` holds: the constants of ``sim.latency.AffineStepModel``, in seconds."""
 
 ELSEWHERE = {"routing", "pd"}
