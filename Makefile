@@ -89,7 +89,7 @@ overhead: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m validate.overhead
 
 test-vllm: $(VLLM_VENV)/.installed
-	$(VLLM_BIN)/python -m pytest -q -m vllm
+	$(VLLM_BIN)/python -m pytest -q -m vllm -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

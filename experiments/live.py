@@ -21,7 +21,11 @@ def validate(
     ] = None,
     *,
     model: Annotated[
-        str | None, typer.Option(help="Folder or Hugging Face name; default: a tiny random model.")
+        str | None,
+        typer.Option(
+            help="The live model: folder or Hugging Face name; default: a tiny random one. "
+            "An override model=NAME only changes the simulated profile."
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Live runs: they show the noise.")] = 2,
     calibrate: Annotated[
@@ -31,6 +35,13 @@ def validate(
         float | None, typer.Option(help="Rescale arrivals to this part of the capacity.")
     ] = None,
     quick: Annotated[bool, typer.Option(help="A short trace, one live run.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            help="Exit with 1 unless mean TTFT, TPOT and E2E are all within 15 % and "
+            "no decision that was compared differs."
+        ),
+    ] = False,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where to write both runs and the figure.")
     ] = Path("outputs/validate"),
@@ -44,7 +55,7 @@ def validate(
     - `servelab validate policies/eviction=slo_aware policies/admission=priority`
     - `servelab validate trace=mine.jsonl --model Qwen/Qwen3-0.6B engine.block_tokens=16`
     """
-    from experiments.console import note, stderr, stdout
+    from experiments.console import note, stderr, stdout, warn
     from validate.live_validation import validate as run
 
     result = run(
@@ -56,6 +67,7 @@ def validate(
         quick=quick,
         out=out,
         say=note,
+        warn=warn,
     )
     if as_json:
         print_json(result.document())
@@ -63,9 +75,15 @@ def validate(
         stdout().print(result.page())
     for path in (*result.folders, *result.files):
         stderr().print(f"wrote {path}", markup=False)
+    if strict and not result.comparison.agrees:
+        raise typer.Exit(1)
 
 
 def parity(
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="engine.KEY=VALUE", help="The engine's options for --workload."),
+    ] = None,
     *,
     seeds: Annotated[
         str | None, typer.Option(metavar="A:B", help="Random workloads A to B-1.")
@@ -86,7 +104,7 @@ def parity(
     For example:
 
     - `servelab parity --seeds 0:500`
-    - `servelab parity --workload trace.jsonl --step-s 0.05`
+    - `servelab parity --workload trace.jsonl --step-s 0.05 engine.num_gpu_blocks=600`
     """
     from validate.parity import parity as run
 
@@ -94,6 +112,7 @@ def parity(
         run(
             None if seeds is None else _range(seeds),
             workload,
+            options=options or (),
             step_s=step_s,
             asynchronous=asynchronous,
             policies=policies,

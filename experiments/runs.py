@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from experiments.composing import ConfigError, compose, overrides_of, resolved
 from experiments.configs import PACKAGED
+from experiments.console import say_all, warn
 from policies.api import PolicySet
 from policies.parameters import nearest
 from policies.registry import UnknownPolicy, load_module, lookup, policy_set
@@ -97,7 +98,12 @@ def _simulate(values: Mapping[str, Any], progress: Progress | None) -> Result:
         load_module(module)
     backend = backend_of(values)
     policies = policies_of(values["policies"])
-    return backend.serve(read_trace(values), policies, seed=values["seed"], progress=progress)
+    trace = read_trace(values)
+    if values["backend"] == "vllm":
+        from validate.live_result import length_warnings  # noqa: PLC0415 - only live runs need it
+
+        say_all(warn, length_warnings(trace, values["engine"]["max_model_len"]))
+    return backend.serve(trace, policies, seed=values["seed"], progress=progress)
 
 
 def backend_of(values: Mapping[str, Any]) -> Simulator | VllmBackend:

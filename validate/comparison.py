@@ -121,7 +121,8 @@ class Comparison:
     Args:
         simulated: the simulator's result.
         live: one or more results of live engines.
-        parity: of the live engine's decisions, where they were recorded.
+        parity: of the live engine's decisions, where they were compared.
+        unchecked: why they were not, in words.
 
     Raises:
         ComparisonError: the results do not have the same requests.
@@ -130,6 +131,7 @@ class Comparison:
     simulated: Result
     live: Sequence[Result]
     parity: Parity | None = None
+    unchecked: str = ""
 
     def __post_init__(self) -> None:
         if not self.live:
@@ -196,6 +198,12 @@ class Comparison:
         """Whether mean TTFT, TPOT and E2E are all known and no further off than ``band``."""
         return all(error is not None and abs(error) <= band for error in self.mean_errors.values())
 
+    @property
+    def agrees(self) -> bool:
+        """``within``, and no decision differs as far as they were compared."""
+        same = self.parity is None or self.parity.equal == self.parity.rows
+        return self.within() and same
+
     def verdict(self, band: float = BAND) -> str:
         """``within`` in words."""
         parts = ", ".join(
@@ -215,6 +223,7 @@ class Comparison:
             "per_request": {errors.metric: _plain(errors) for errors in self.request_errors},
             "cached_tokens_equal": self.cached_equal,
             "parity": None if self.parity is None else self.parity._asdict(),
+            "parity_unchecked": self.unchecked,
             "within_band": self.within(),
             "band": BAND,
         }
@@ -241,7 +250,8 @@ class Comparison:
             ]
             style = None
             if figure.key in MEANS.values():
-                style = "bold green" if abs(figure.error or 0) <= BAND else "bold red"
+                close = figure.error is not None and abs(figure.error) <= BAND
+                style = "bold green" if close else "bold red"
             noise = [_percent(figure.noise)] if runs > 1 else []
             shown.add_row(figure.label, *cells, *noise, style=style)
         single = Table("single requests", show_header=True)
@@ -256,8 +266,11 @@ class Comparison:
         count = len(self.simulated.requests)
         lines = [
             f"cached tokens are equal for {self.cached_equal} of {count} requests",
-            *([] if self.parity is None else [self.parity.line]),
         ]
+        if self.parity is not None:
+            lines.append(self.parity.line)
+        elif self.unchecked:
+            lines.append(f"decisions: not compared, because {self.unchecked}")
         meta = self.simulated.meta
         title = f"{meta['trace']} on {meta['engines']} x {meta['model']}: simulated and live"
         return Group(

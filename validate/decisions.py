@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from os import SEEK_END
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -71,11 +72,17 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 
 
 class DecisionLog:
-    """A file of decision rows; calling it writes one."""
+    """A file of decision rows; calling it appends one.
+
+    What a file already has stays, except for a last line that was never finished because its
+    engine died. Every run counts its rows from 0, so that is where another run begins.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", buffering=1, encoding="utf-8")
+        if path.is_file():
+            _drop_torn_line(path)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def __call__(self, row: Decision) -> None:
         self._file.write(json.dumps(row, separators=(",", ":")) + "\n")
@@ -85,8 +92,24 @@ class DecisionLog:
         self._file.close()
 
 
+def _drop_torn_line(path: Path) -> None:
+    with path.open("r+b") as file:
+        end = file.seek(0, SEEK_END)
+        kept = end
+        while kept:
+            start = max(kept - 65536, 0)
+            file.seek(start)
+            newline = file.read(kept - start).rfind(b"\n")
+            kept = start + newline + 1
+            if newline >= 0:
+                break
+        if kept < end:
+            file.truncate(kept)
+
+
 def write(path: Path, rows: Iterable[Decision]) -> None:
     """Write rows to a file, replacing it."""
+    path.unlink(missing_ok=True)
     log = DecisionLog(path)
     try:
         for row in rows:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from policies.api import AdmissionPolicy, PolicySet, Slo
-from policies.registry import build
+from policies.registry import build, describe
 from sim.backend import Deployment
+from sim.result import Result
 from traces import Trace
 from validate.comparison import Parity
 from validate.decisions import Decision, first_difference
@@ -15,7 +16,22 @@ from validate.prompts import Prompts
 from validate.vllm_backend import policy_config
 from validate.workloads import Entry, Workload
 
-__all__ = ["decision_parity"]
+__all__ = ["decision_parity", "unchecked"]
+
+
+def unchecked(deployment: Deployment, policies: PolicySet, live: Result) -> str:
+    """Why the decisions of a live run cannot be compared, in words; empty if they can."""
+    if deployment.engines > 1:
+        return "which of several engines gets a request depends on time"
+    admit = build(policies.admission, 0, "admission/0").__class__.admit
+    if admit is not AdmissionPolicy.admit:
+        return (
+            f"admission {describe(policies.admission)} may defer or reject by the clock, "
+            f"which the scheduler alone does not have"
+        )
+    if live.meta["incomplete"]:
+        return "the live run is incomplete"
+    return ""
 
 
 def decision_parity(
@@ -25,14 +41,12 @@ def decision_parity(
     policies: PolicySet,
     *,
     seed: int = 0,
-) -> Parity | None:
+) -> Parity:
     """The decisions of a live engine against those of the same scheduler without a model.
 
-    The latter is given the same requests at the same steps. ``None`` where policies admit by the
-    clock, which the scheduler alone does not have.
+    The latter is given the same requests at the same steps; ``unchecked`` says where that
+    cannot be.
     """
-    if build(policies.admission, seed, "admission/0").__class__.admit is not AdmissionPolicy.admit:
-        return None
     from validate.vllm_plugin.bare import BareEngine  # noqa: PLC0415 - imports vLLM
 
     # Other tokens than the live ones, but shared by the same requests, which is all that counts.

@@ -18,13 +18,17 @@ from validate.calibrate import measured_steps
 from validate.decisions import Decision
 from validate.replay import Fate
 
-__all__ = ["decision_rows", "live_result", "on_clock"]
+__all__ = ["decision_rows", "length_warnings", "live_result", "on_clock", "uninterrupted"]
 
 RUNS = {
     "engine": "int32", "start_s": "float64", "first_s": "float64", "slope_s": "float64",
     "steps": "int64", "decodes": "int32", "prefill_tokens": "int32", "waiting": "int32",
     "free_blocks": "int64",
 }  # fmt: skip
+
+
+NAMED = 5
+"""Most requests that a warning names."""
 
 
 def live_result(
@@ -114,6 +118,44 @@ def live_result(
         engines=engines,
         meta={**meta, **figures},
     )
+
+
+def uninterrupted(result: Result) -> Result:
+    """The result of a run that the user did not end.
+
+    Raises:
+        KeyboardInterrupt: it has cancelled requests; what would have come next must not.
+    """
+    if (result.requests["state"] == "cancelled").any():
+        raise KeyboardInterrupt
+    return result
+
+
+def length_warnings(trace: Trace, max_model_len: int | None) -> list[str]:
+    """What of a trace is too long for an engine, in words.
+
+    Args:
+        trace: what is to be served.
+        max_model_len: most tokens of a prompt and its output; ``None``: not known yet.
+    """
+    if max_model_len is None:
+        return []
+    table, lines = trace.requests, []
+    room = max_model_len - table["prompt_tokens"]
+    long = table["id"][room < 1].tolist()
+    if long:
+        named = ", ".join(long[:NAMED]) + (", ..." if len(long) > NAMED else "")
+        lines.append(
+            f"{len(long)} of {len(trace)} prompts do not fit max_model_len={max_model_len} and are "
+            f"rejected: {named}"
+        )
+    cut = int(((room >= 1) & (table["output_tokens"] > room)).sum())
+    if cut:
+        lines.append(
+            f"{cut} of {len(trace)} outputs end where max_model_len={max_model_len} is reached, "
+            f"before their length in the trace"
+        )
+    return lines
 
 
 def _runs(

@@ -39,7 +39,8 @@ from validate.calibrate import (
 )
 from validate.calibration_traffic import calibration_trace
 from validate.comparison import Comparison, Parity
-from validate.live_parity import decision_parity
+from validate.live_parity import decision_parity, unchecked
+from validate.live_result import length_warnings, uninterrupted
 from validate.vllm_backend import VllmBackend
 
 __all__ = [
@@ -247,11 +248,14 @@ def validate(
     out: str | Path | None = None,
     quick: bool = False,
     say: Say = lambda line: None,
+    warn: Say = lambda line: None,
 ) -> Validation:
     """Serve a configuration's trace live and simulated, and compare.
 
     Args:
-        overrides: Hydra overrides as for a simulation; a trace among them replaces the default.
+        overrides: Hydra overrides as for a simulation; ``trace=...`` among them replaces the
+            default trace, ``trace.limit=...`` and the like change it. Memory that they leave open
+            is the live engine's on both sides.
         model: folder or Hugging Face name of the live model; ``None``: tiny, random weights.
         repeats: live runs.
         calibrate: simulate with step times measured on these engines; else with the profiles of
@@ -261,8 +265,10 @@ def validate(
         out: folder for both runs, ``comparison.json`` and ``comparison.png``; ``None``: no files.
         quick: a shorter default trace and one live run.
         say: told what happens next.
+        warn: told beforehand what may not be meant so.
 
     Raises:
+        KeyboardInterrupt: the user ended a live run.
         LiveError: vLLM is missing or does not start.
         CalibrationError: the engine's step times cannot be fitted.
         ValueError: bad input of any other kind, as for a simulation.
@@ -270,7 +276,8 @@ def validate(
     repeats = 1 if quick else repeats
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: must be 1 or more")
-    own = any(text.partition("=")[0].partition(".")[0] == "trace" for text in overrides)
+    keys = [text.lstrip("+").partition("=")[0] for text in overrides]
+    own = "trace" in keys
     defaults = ENGINE if own else (*DEFAULTS, *(QUICK if quick else ()))
     values = resolved(compose([*defaults, *overrides]))
     for module in values["policy_modules"]:
@@ -283,6 +290,14 @@ def validate(
     traffic: list[Result] = []
     live: list[Result] = []
     parity: Parity | None = None
+    why_not = ""
+    for line in length_warnings(trace, deployment.limits.max_model_len):
+        warn(line)
+    if "model" in keys and model is None and values["live"]["model"] is None:
+        warn(
+            "model=... is only the simulator's profile; the live model is the tiny one with random "
+            "weights unless --model names another"
+        )
     say("starting the engine")
     live_values = {**values["live"], "model": model or values["live"]["model"]}
     changes = {"backend": "vllm", "live": live_values, "record_decisions": False}
@@ -295,6 +310,7 @@ def validate(
                 steps, result = calibrated(backend, policies, repeat)
                 parts.append(steps)
                 traffic.append(result)
+                deployment = _with_memory_of(result, deployment)
             if repeat == repeats:
                 break
             if repeat == 0 and load is not None:
@@ -304,24 +320,30 @@ def validate(
                 f"live run {repeat + 1} of {repeats}: {len(trace)} requests "
                 f"in about {trace.span_s:.0f} s"
             )
-            live.append(backend.serve(trace, policies, seed=seed))
-            if repeat == 0 and deployment.engines == 1:
-                parity = decision_parity(
-                    backend.decisions[0], trace, deployment, policies, seed=seed
+            served = uninterrupted(backend.serve(trace, policies, seed=seed))
+            deployment = _with_memory_of(served, deployment)
+            if repeat == 0:
+                why_not = unchecked(deployment, policies, served)
+                parity = (
+                    None
+                    if why_not
+                    else decision_parity(
+                        backend.decisions[0], trace, deployment, policies, seed=seed
+                    )
                 )
+            live.append(served)
     fit = fit_steps([step for part in parts for step in part]) if calibrate else None
     overhead = Overheads()
     if fit is not None:
         overhead = overheads(traffic, fit.model, deployment.limits.max_num_batched_tokens)
     simulator = Simulator(
         _as_measured(deployment, fit, backend),
-        signal_age_s=values["signal_age_s"],
         mode=values["mode"],
         step_model=None if fit is None else fit.model,
     )
     simulated = delayed(simulator.serve(trace, policies, seed=seed), overhead)
     whole = Validation(
-        comparison=Comparison(simulated, live, parity),
+        comparison=Comparison(simulated, live, parity, why_not),
         fit=fit,
         overheads=overhead,
         drifts=() if fit is None else tuple(drift(fit, *half) for half in pairwise(parts)),
@@ -335,11 +357,21 @@ def calibrated(
     """Steps of calibration traffic on running engines, and its result."""
     limits = backend.deployment.limits
     trace = calibration_trace(limits, seed, most_running=min(limits.max_num_seqs, 16))
-    result = backend.serve(trace, policies, seed=seed)
+    result = uninterrupted(backend.serve(trace, policies, seed=seed))
     rows = trace.requests
     lengths = dict(zip(rows["id"], rows["prompt_tokens"].tolist(), strict=True))
     steps = [step for log in backend.decisions for step in measured_steps(log, lengths)]
     return steps, result
+
+
+def _with_memory_of(live: Result, deployment: Deployment) -> Deployment:
+    """The deployment with the KV cache and the context that its live engines have."""
+    limits = replace(
+        deployment.limits,
+        num_gpu_blocks=live.meta["kv_blocks"] + 1,
+        max_model_len=live.meta["max_model_len"],
+    )
+    return replace(deployment, limits=limits)
 
 
 def _as_measured(deployment: Deployment, fit: StepFit | None, backend: VllmBackend) -> Deployment:

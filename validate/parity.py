@@ -7,7 +7,7 @@ without a model (``validate.vllm_plugin.bare``), because no decision depends on 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -157,7 +157,7 @@ def parity(
     seeds: range | None = None,
     workload: Path | None = None,
     *,
-    limits: EngineLimits | None = None,
+    options: Sequence[str] = (),
     step_s: float = 0.02,
     asynchronous: bool = False,
     policies: bool = False,
@@ -169,30 +169,37 @@ def parity(
     Args:
         seeds: of random workloads; with ``None`` and no ``workload``, 0 to 499.
         workload: a trace file to step through instead.
-        limits: the engine's options for the trace.
+        options: the engine's for the trace, as Hydra overrides ``engine.KEY=VALUE``.
         step_s: how long a step takes when the trace's arrival times become steps.
         asynchronous: compare the asynchronous scheduler.
-        policies: random policies on both sides, in vLLM through the plug-in.
+        policies: random policies on both sides, in vLLM through the plug-in; not for a trace.
         mode: as for ``compare``.
-        jobs: processes; each imports vLLM first, which takes several seconds.
+        jobs: processes, for seeds; each imports vLLM first, which takes several seconds.
 
     Returns:
         The exit code: 1 if there is a difference, which is printed side by side.
 
     Raises:
         ParityError: vLLM is missing, or the arguments do not fit together.
+        ValueError: the trace or an option is wrong.
     """
     if find_spec("vllm") is None:
         raise ParityError("parity needs vLLM: `make validate` builds an environment with it")
     if seeds is not None and workload is not None:
         raise ParityError("--seeds and --workload exclude each other")
+    if workload is not None and (policies or jobs > 1):
+        which = "--policies draws them" if policies else "--jobs shares seeds"
+        raise ParityError(f"{which} for random workloads; leave it out with --workload")
+    if workload is None and options:
+        raise ParityError(f"{options[0]} needs --workload: random workloads draw their engine")
     progress = Console(stderr=True)
     total: Counter[str] = Counter()
     count = 0
     bad: Comparison | None = None
-    again = f"--workload {workload} --step-s {step_s}"
+    again = " ".join([f"--workload {workload} --step-s {step_s}", *options])
     if workload is not None:
-        comparison = compare(_from_trace(workload, limits or EngineLimits(), step_s, asynchronous))
+        limits = _limits(options)
+        comparison = compare(_from_trace(workload, limits, step_s, asynchronous), mode)
         count, total = 1, comparison.seen
         bad = comparison if comparison.difference is not None else None
     else:
@@ -213,7 +220,8 @@ def parity(
     progress.print(f"among them: {seen}", highlight=False)
     if bad is not None and bad.difference is not None:
         _report(bad, bad.difference)
-        print(f"again: servelab parity {again}{' --asynchronous' * asynchronous}")
+        again += " --asynchronous" * asynchronous + " --fast" * (mode == "fast")
+        print(f"again: servelab parity {again}")
     print(f"{count} workloads, {total['steps']} steps, {int(bad is not None)} differences")
     return int(bad is not None)
 
@@ -253,6 +261,15 @@ def _batches(check: Callable[[range], _Batch], seeds: range, jobs: int) -> Itera
             pool.shutdown(cancel_futures=True)
 
 
+def _limits(options: Sequence[str]) -> EngineLimits:
+    from experiments.composing import compose, resolved  # noqa: PLC0415 - Hydra takes long
+
+    for option in options:
+        if not option.startswith("engine."):
+            raise ParityError(f"{option} is not of the form engine.KEY=VALUE")
+    return EngineLimits(**resolved(compose(options))["engine"])
+
+
 def _from_trace(path: Path, limits: EngineLimits, step_s: float, asynchronous: bool) -> Workload:
     """The trace of a file; memory for four of its longest requests unless the limits say."""
     trace = traces.read(path)
@@ -260,7 +277,10 @@ def _from_trace(path: Path, limits: EngineLimits, step_s: float, asynchronous: b
     longest = limits.max_model_len or int((rows["prompt_tokens"] + rows["output_tokens"]).max())
     blocks = limits.num_gpu_blocks or 1 - 4 * (-longest // limits.block_tokens)
     limits = replace(
-        limits, max_model_len=longest, num_gpu_blocks=blocks, async_scheduling=asynchronous
+        limits,
+        max_model_len=longest,
+        num_gpu_blocks=blocks,
+        async_scheduling=asynchronous or limits.async_scheduling,
     )
     return workload_of(trace, limits, step_s=step_s)
 

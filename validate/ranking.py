@@ -32,6 +32,7 @@ from sim.result import Result
 from sim.simulator import Simulator
 from traces import Trace
 from validate.calibrate import fit_steps
+from validate.live_result import uninterrupted
 from validate.live_validation import at_load, calibrated, delayed, overheads
 from validate.ranking_workloads import LIMITS, WORKLOADS
 from validate.vllm_backend import VllmBackend
@@ -232,7 +233,7 @@ def rank(
         for workload, trace in traces.items():
             for arm in arms:
                 say(f"live {repeat + 1}/{repeats}: {workload}, {arm}")
-                note(live, (workload, arm), serve(trace, sets[arm]))
+                note(live, (workload, arm), uninterrupted(serve(trace, sets[arm])))
     found = [
         effect
         for metric in METRICS

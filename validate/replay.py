@@ -123,12 +123,15 @@ class Instance:
 
         Raises:
             EngineDied: the engine is gone; the fate has what was known until then.
+            Any other exception fails this request alone.
         """
         raise NotImplementedError
 
 
 class Replay:
     """One replay of a trace; ``instances`` is what makes it a ``ClusterView``.
+
+    Engines that died are not among them; the list is another one then, never a changed one.
 
     Args:
         trace: what arrives.
@@ -153,7 +156,7 @@ class Replay:
         timeout_s: float | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.instances = instances
+        self.instances = list(instances)
         self.fates = [Fate() for _ in range(len(trace))]
         self.start = nan
         """``time.monotonic()`` at time 0 of the trace."""
@@ -190,7 +193,7 @@ class Replay:
         for instance in self.instances if self._listening else ():
             self._pd.changed(instance)
         self.start = time.monotonic() + LEAD_S
-        self._spawn(self._feed())
+        self._spawn(self._feed)
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._over.wait()
@@ -219,14 +222,14 @@ class Replay:
 
     # ------------------------------------------------------------------ arrivals
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(self._guarded(work))
+    def _spawn(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        task = asyncio.create_task(self._guarded(work, *args))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         try:
-            await work
+            await work(*args)
         except Exception as error:
             self._error = self._error or error
             self._finish()
@@ -237,7 +240,7 @@ class Replay:
             await _until(self.start + request.arrival_s)
             before = -1 if self._turns is None else int(self._turns[0][request.index])
             if before < 0:
-                self._spawn(self._send(request, prompt, self.start + request.arrival_s))
+                self._spawn(self._send, request, prompt, self.start + request.arrival_s)
             elif before in self._ended:
                 self._release(request, self._ended.pop(before))
             else:
@@ -246,10 +249,13 @@ class Replay:
     def _release(self, request: Request, ended: float) -> None:
         """The predecessor has ended: the turn comes after the think time, if not later anyway."""
         due = max(self.start + request.arrival_s, ended + self._think_s[request.index])
-        self._spawn(self._send(request, self._prompts[request.index].tolist(), due))
+        self._spawn(self._send, request, self._prompts[request.index].tolist(), due)
 
     async def _send(self, request: Request, prompt: list[int], due: float) -> None:
         await _until(due)
+        assert self._over is not None
+        if self._over.is_set():
+            return  # nobody is left to serve it, or nobody wants it any more
         fate = self.fates[request.index]
         now = time.monotonic()
         fate.due, fate.arrival = due, now
@@ -270,12 +276,20 @@ class Replay:
             try:
                 await instance.serve(request, prompt, fate)
             except EngineDied as error:
-                instance.died = str(error)
                 fate.state, fate.reason = "failed", str(error)
+                self._lose(instance, str(error))
+            except Exception as error:
+                fate.state, fate.reason = "failed", _said(error)
             finally:
                 instance.ended(request)
             self._changed(instance)
         self._ends(request, fate)
+
+    def _lose(self, instance: Instance, why: str) -> None:
+        """Routers no longer see it."""
+        instance.died = why
+        if instance in self.instances:
+            self.instances = [other for other in self.instances if other is not instance]
 
     def _place(self, request: Request) -> Instance:
         placement = self._pd.place(request, self, request.arrival_s)
@@ -309,8 +323,8 @@ class Replay:
                 self._release(turn, ended)
         if self._done == len(self.fates):
             self._finish()
-        elif all(instance.died for instance in self.instances):
-            self._give_up("failed", self.instances[0].died)
+        elif not self.instances:
+            self._give_up("failed", fate.reason)
 
     def _give_up(self, state: str, reason: str) -> None:
         if self._over is not None and not self._over.is_set():
@@ -320,6 +334,14 @@ class Replay:
     def _finish(self) -> None:
         assert self._over is not None
         self._over.set()
+
+
+def _said(error: BaseException) -> str:
+    """An error in one line; one without a message says what caused it."""
+    text = " ".join(str(error).split())
+    if not text and error.__cause__ is not None:
+        return _said(error.__cause__)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 async def _until(moment: float) -> None:

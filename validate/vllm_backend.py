@@ -28,9 +28,9 @@ from traces import Trace
 from validate.environment import cpu_environment
 from validate.live_engines import EnginesUp
 from validate.live_options import NAMES, LiveError, model_folder, policy_config, vllm_options
-from validate.live_result import decision_rows, live_result, on_clock
+from validate.live_result import decision_rows, length_warnings, live_result, on_clock
 from validate.prompts import Prompts
-from validate.replay import Replay
+from validate.replay import EngineDied, Replay
 
 if TYPE_CHECKING:
     from validate.decisions import Decision
@@ -47,6 +47,12 @@ OURS = {
 
 SHOWN = ("LD_PRELOAD", "KMP_BLOCKTIME", "KMP_TPAUSE", "VLLM_CPU_OMP_THREADS_BIND")
 """Variables that a result names, because times depend on them."""
+
+CAUSES = (
+    "the cause is in the engine's output above; mostly it is memory "
+    "(engine.gpu_memory_utilization, engine.num_gpu_blocks, engine.max_model_len; "
+    "on a CPU the variable VLLM_CPU_KVCACHE_SPACE) or one of live.options"
+)
 
 MEANS = (
     "make validate builds an environment with vLLM for CPUs; "
@@ -124,7 +130,7 @@ class VllmBackend:
 
         Whatever happens to the engines, there is a result with a row for each request; where not
         all were answered, ``meta["incomplete"]`` says why, as it does after an interruption with
-        Ctrl-C.
+        Ctrl-C. Engines that died since the last run are started again.
 
         Args:
             trace: what arrives; later turns of a session wait for their predecessor.
@@ -134,7 +140,7 @@ class VllmBackend:
             progress: called (from another thread) with (requests done, requests).
 
         Raises:
-            LiveError: vLLM is missing or does not start with these options.
+            LiveError: vLLM is missing or does not start with these options and policies.
             PolicyError: a policy cannot run live, or the placement policy broke its contract.
             TraceError: the trace's blocks do not fit the engine's.
         """
@@ -143,13 +149,18 @@ class VllmBackend:
         pd = build(policies.pd, seed, "pd")
         live = _vllm()
         self._check_options(live)
+        _check_policies(configs)
         run = _Run(self, live, trace, policies, pd, configs, seed, progress)
         try:
-            if self._up is None or not self._up.reusable:
-                self._close()
-                self._up = EnginesUp()
-            result = run.on(self._up)
-            self.vocabulary = self._up.engines[0].vocabulary
+            up = self._up if self._up is not None and self._up.reusable else self._fresh()
+            try:
+                result = run.on(up)
+            except EngineDied:  # before a request was sent: nothing is lost yet
+                up = self._fresh()
+                result = run.on(up)
+            self.vocabulary = up.engines[0].vocabulary
+        except EngineDied as error:
+            raise LiveError(f"{error}; so it did when it was started again") from error
         finally:
             if not self._kept:
                 self._close()
@@ -182,6 +193,12 @@ class VllmBackend:
         known = live.option_names()
         for name in self.engine_options.keys() - known:
             raise LiveError(f"engine_options: {nearest('option', name, known)}")
+
+    def _fresh(self) -> EnginesUp:
+        """Room for engines that are to be started, after the others have ended."""
+        self._close()
+        self._up = EnginesUp()
+        return self._up
 
     def _close(self) -> None:
         if self._up is not None:
@@ -273,6 +290,8 @@ class _Run:
             )
         except Exception as error:
             said = " ".join(str(error).split()) or type(error).__name__
+            if "Engine core initialization failed" in said:
+                said = CAUSES
             raise LiveError(f"engine {ident} did not start: {said}") from error
         return engine
 
@@ -334,14 +353,16 @@ class _Run:
             },
             "calibrated": True,
             "calibration": "measured",
-            "warnings": self._warnings(replay, environment),
+            "warnings": self._warnings(replay, environment, engines[0].max_model_len),
             "incomplete": replay.incomplete,
             "price_usd_per_s": None,
             "engine_options": {key: str(value) for key, value in options.items()},
             "environment": {key: environment[key] for key in SHOWN if key in environment},
         }
 
-    def _warnings(self, replay: Replay, environment: Mapping[str, str]) -> list[str]:
+    def _warnings(
+        self, replay: Replay, environment: Mapping[str, str], max_model_len: int
+    ) -> list[str]:
         lines = [f"incomplete: {replay.incomplete}"] if replay.incomplete else []
         late = sorted(f.arrival - f.due for f in replay.fates if not isnan(f.arrival))
         most_s = self.backend.max_lateness_s
@@ -350,15 +371,7 @@ class _Run:
                 f"the client was late: 1 % of requests were sent {at:.3f} s or more after they "
                 f"were due (max_lateness_s={most_s:g})"
             )
-        long = [
-            name
-            for name, fate in zip(self.trace.requests["id"], replay.fates, strict=True)
-            if fate.reason.startswith("prompt_too_long")
-        ]
-        if long:
-            lines.append(
-                f"{len(long)} prompts do not fit max_model_len, the first of them request {long[0]}"
-            )
+        lines += length_warnings(self.trace, max_model_len)
         if self.live.on_cpu() and "libiomp5" not in environment.get("LD_PRELOAD", ""):
             lines.append(
                 f"no {Path(sys.prefix) / 'lib' / 'libiomp5.so'} to preload: step times may be "
@@ -375,6 +388,17 @@ def _vllm() -> Any:
     from validate.vllm_plugin import live  # noqa: PLC0415 - vLLM may be missing, and takes seconds
 
     return live
+
+
+def _check_policies(configs: Sequence[Mapping[str, Any]]) -> None:
+    """Make the policies here first, because an engine's process fails with many lines."""
+    from validate.vllm_plugin.config import KEY, ConfigError, read  # noqa: PLC0415 - needs vLLM
+
+    for engine, config in enumerate(configs):
+        try:
+            read({KEY: config}, engine)
+        except ConfigError as error:
+            raise LiveError(str(error)) from error
 
 
 def _version() -> str:

@@ -165,16 +165,13 @@ def block_chains(workload: Workload) -> dict[str, tuple[Chain, Chain]]:
 # --------------------------------------------------------------------------- from a trace
 
 
-def workload_of(
-    trace: Trace, limits: EngineLimits, *, step_s: float, priority: bool = False
-) -> Workload:
+def workload_of(trace: Trace, limits: EngineLimits, *, step_s: float) -> Workload:
     """A trace's requests, each entering at the step in which it would arrive.
 
     Args:
         trace: prompts share what its block ids share.
         limits: the engine's options; ``num_gpu_blocks`` and ``max_model_len`` must be numbers.
         step_s: how long a step takes, for translating arrival times.
-        priority: order by the trace's priorities.
 
     Raises:
         ValueError: ``step_s`` is not positive, a prompt does not fit in ``max_model_len``, or the
@@ -204,7 +201,7 @@ def workload_of(
                 kind=str(row["kind"]),
             )
         )
-    return Workload(name=trace.name, limits=limits, priority=priority, entries=tuple(entries))
+    return Workload(name=trace.name, limits=limits, entries=tuple(entries))
 
 
 # --------------------------------------------------------------------------- random ones

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from policies.api import Slo
 from validate.front.prefix_index import chain
@@ -16,6 +16,9 @@ T = TypeVar("T")
 
 COMPLETION_TOKENS = 16
 """What ``/v1/completions`` generates when the client names no limit (OpenAI's default)."""
+
+TOKEN_IDS = range(1 << 63)
+"""What a prompt may hold; which of them the model has, its engine knows."""
 
 SESSION_HEADER = "X-Session-ID"
 PRIORITY_HEADER = "X-Vllm-Priority"
@@ -74,9 +77,9 @@ def prompts_of(body: Mapping[str, Any]) -> list[str | list[int]]:
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
         return []
-    if all(_is_id(token) for token in prompt):
+    if all(map(_is_int, prompt)):
         return [prompt]
-    if all(isinstance(p, str) or (isinstance(p, list) and all(map(_is_id, p))) for p in prompt):
+    if all(isinstance(p, str) or (isinstance(p, list) and all(map(_is_int, p))) for p in prompt):
         return prompt
     return []
 
@@ -108,12 +111,19 @@ def request_of(
         context_tokens: most tokens of prompt and answer together; what a chat may generate
             when it names no limit is what the prompt leaves of it. 0: unknown.
         block_tokens: block size of ``block_hashes``; 0 where no engine has published one.
+
+    Raises:
+        ValueError: a token id is not one of ``TOKEN_IDS``.
     """
+    for extreme in (f(prompt) for prompt in prompts if prompt for f in (min, max)):
+        if extreme not in TOKEN_IDS:
+            raise ValueError(f"token id {extreme} in the prompt: 0 to {TOKEN_IDS[-1]} are allowed")
     facts = body.get("vllm_xargs")
     facts = facts if isinstance(facts, Mapping) else {}
     tokens = sum(map(len, prompts))
     limits = (facts.get("client_max_tokens"), body.get("max_completion_tokens"))
-    limit = next((v for v in (*limits, body.get("max_tokens")) if _is_id(v)), None)
+    wanted = (*limits, body.get("max_tokens"))
+    limit = next((v for v in wanted if _is_int(v) and v >= 0), None)
     if limit is None:
         limit = max(context_tokens - tokens, 0) if "messages" in body else COMPLETION_TOKENS
     sessions = (facts.get("session"), body.get("session_id"), headers.get(SESSION_HEADER))
@@ -139,8 +149,8 @@ def request_of(
     )
 
 
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _text(*values: object) -> str:

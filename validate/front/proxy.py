@@ -6,6 +6,7 @@ This module needs aiohttp, which comes with vLLM.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -125,15 +126,19 @@ class Proxy:
         if not isinstance(body, dict):
             return _error(400, "the request's body is no JSON object", "invalid_request_error")
         self._count += 1
-        view = request_of(
-            body,
-            request.headers,
-            await self._prompts(body),
-            ident=request.headers.get("X-Request-Id") or f"http-{self._count}",
-            now=began_s,
-            context_tokens=max(self._context_tokens.values(), default=0),
-            block_tokens=next(filter(None, (i.index.block_tokens for i in self.front.up)), 0),
-        )
+        prompts = await self._prompts(body)
+        try:
+            view = request_of(
+                body,
+                request.headers,
+                prompts,
+                ident=request.headers.get("X-Request-Id") or f"http-{self._count}",
+                now=began_s,
+                context_tokens=max(self._context_tokens.values(), default=0),
+                block_tokens=next(filter(None, (i.index.block_tokens for i in self.front.up)), 0),
+            )
+        except ValueError as error:
+            return _error(400, str(error), "invalid_request_error")
         while True:
             try:
                 instance = self.front.place(view)
@@ -236,7 +241,9 @@ class Proxy:
 
     def _lost(self, instance: Instance, why: BaseException) -> None:
         self.front.lost(instance, _line(why))
-        if instance.id in self.events:
+        # An engine that is only slow keeps its cache. One that ended refuses connections, and
+        # should no poll see that, then its successor's sequence numbers begin again.
+        if instance.id in self.events and getattr(why, "errno", None) == errno.ECONNREFUSED:
             self.events[instance.id].restart()
 
     async def _follow(self, instance: Instance) -> None:

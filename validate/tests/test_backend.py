@@ -6,17 +6,20 @@ import asyncio
 import dataclasses
 import importlib.util
 import multiprocessing
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from experiments.composing import ConfigError, compose
 from experiments.runs import run, simulate
+from policies import registry
 from policies.admission.fcfs import Fcfs
 from policies.api import (
     AdmissionPolicy,
@@ -35,7 +38,8 @@ from sim.result import Result
 from sim.scheduler import EngineLimits
 from sim.simulator import Simulator
 from traces import Trace, generate
-from validate.live_result import decision_rows
+from validate import vllm_backend
+from validate.live_result import decision_rows, length_warnings
 from validate.prompts import Prompts
 from validate.replay import EngineDied, Fate, Instance, Replay
 from validate.tiny_model import write
@@ -55,6 +59,13 @@ LIVE = (
 
 def live(test: Callable[..., Any]) -> Callable[..., Any]:
     for mark in LIVE:
+        test = mark(test)
+    return test
+
+
+def without_engine(test: Callable[..., Any]) -> Callable[..., Any]:
+    """For tests that import vLLM and start nothing."""
+    for mark in (LIVE[0], *LIVE[2:]):
         test = mark(test)
     return test
 
@@ -174,9 +185,52 @@ def test_other_engines_go_on_when_one_dies() -> None:
     replay = replay_of(trace_of([0.0, 0.01, 0.02, 0.03, 0.04, 0.05]), *engines)
     asyncio.run(replay.run())
     assert [fate.state for fate in replay.fates] == [
-        "finished", "finished", "failed", "finished", "failed", "finished",
+        "finished", "finished", "failed", "finished", "finished", "finished",
     ]  # fmt: skip
-    assert "2 of 6 requests have no answer" in replay.incomplete
+    assert "1 of 6 requests have no answer" in replay.incomplete
+
+
+def test_routers_do_not_see_the_dead() -> None:
+    """Whose load would be the least."""
+    engines = Fake(0, took_s=0.2), Fake(1, took_s=0.2)
+    engines[0].dies_after = 0
+    pd = build(policy_set(routing="least_loaded").pd, 0, "pd")
+    replay = replay_of(trace_of([0.0, 0.02, 0.04, 0.06]), *engines, pd=pd)
+    before = replay.instances
+    asyncio.run(replay.run())
+    states = [fate.state for fate in replay.fates]
+    assert states == ["failed", "finished", "finished", "finished"]
+    assert replay.instances == [engines[1]]
+    assert before == list(engines)  # who kept the list may compare
+
+
+def test_requests_that_find_nobody_alive_fail_with_the_reason() -> None:
+    engine = Fake()
+    engine.dies_after = 0
+    replay = replay_of(trace_of([0.0] * 5), engine)
+    asyncio.run(replay.run())
+    assert [fate.state for fate in replay.fates] == ["failed"] * 5
+    assert {fate.reason for fate in replay.fates} == {"engine 0 died: for the test"}
+
+
+def test_an_error_of_one_request_fails_it_and_no_other() -> None:
+    class Picky(Fake):
+        async def serve(self, request: Request, prompt: list[int], fate: Fate) -> None:
+            if request.id == "1":
+                raise ValueError("a token\nis wrong")
+            if request.id == "2":
+                raise RuntimeError from ValueError("underneath")
+            await super().serve(request, prompt, fate)
+
+    engine = Picky()
+    replay = replay_of(trace_of([0.0, 0.01, 0.02, 0.03]), engine)
+    asyncio.run(replay.run())
+    states = [fate.state for fate in replay.fates]
+    assert states == ["finished", "failed", "failed", "finished"]
+    assert replay.fates[1].reason == "ValueError: a token is wrong"
+    assert replay.fates[2].reason == "ValueError: underneath"
+    assert "2 of 4 requests have no answer" in replay.incomplete
+    assert (engine.died, engine.inflight_tokens) == ("", 0)
 
 
 def test_an_interruption_keeps_what_there_is() -> None:
@@ -225,6 +279,150 @@ def test_a_placement_policy_that_breaks_its_contract_ends_the_run() -> None:
 
     with pytest.raises(PolicyError, match=r"Wrong.place\(0\) answered"):
         asyncio.run(replay_of(trace_of([0.0, 9.0]), Fake(), pd=Wrong()).run())
+
+
+# --------------------------------------------------------------------------- between runs
+
+
+class FakeLive(Fake):
+    """What the backend starts, without vLLM."""
+
+    renewable = True
+    vocabulary = range(3, 1024)
+    started = 0
+    renewals: ClassVar[list[Exception | None]] = []
+    """What comes of each ``renew``."""
+    starts: ClassVar[list[Exception | None]] = []
+    """What comes of each ``ready``."""
+
+    def __init__(self, ident: int, options: Any, environment: Any) -> None:
+        super().__init__(ident, took_s=0.001)
+        self.block_tokens = 32
+        FakeLive.started += 1
+
+    async def serve(self, request: Request, prompt: list[int], fate: Fate) -> None:
+        await super().serve(request, prompt, fate)
+        fate.admitted = fate.arrival
+        fate.first = fate.finish = fate.received
+
+    async def renew(self, config: Any) -> None:
+        if FakeLive.renewals and (error := FakeLive.renewals.pop(0)) is not None:
+            raise error
+
+    async def ready(self) -> None:
+        if FakeLive.starts and (error := FakeLive.starts.pop(0)) is not None:
+            raise error
+
+    def close(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLive]:
+    fake = SimpleNamespace(LiveEngine=FakeLive, on_cpu=lambda: True, option_names=list)
+    monkeypatch.setattr(vllm_backend, "_vllm", lambda: fake)
+    monkeypatch.setattr(vllm_backend, "_check_policies", lambda configs: None)
+    FakeLive.started, FakeLive.renewals, FakeLive.starts = 0, [], []
+    return FakeLive
+
+
+DIED = EngineDied("engine 0 died: idle")
+
+
+def test_an_engine_that_died_between_runs_is_started_again(fake_vllm: type[FakeLive]) -> None:
+    with VllmBackend(DEPLOYMENT, model="some/model") as backend:
+        for outcome, started in ((None, 1), (None, 1), (DIED, 2), (None, 2)):
+            fake_vllm.renewals = [outcome]
+            result = backend.serve(trace_of([0.0, 0.01]), policy_set())
+            assert result.requests["state"].tolist() == ["finished"] * 2
+            assert fake_vllm.started == started
+
+
+def test_an_engine_that_does_not_stay_up_is_an_error(fake_vllm: type[FakeLive]) -> None:
+    fake_vllm.starts = [DIED, DIED]
+    with pytest.raises(LiveError, match="engine 0 died: idle; so it did when it was started again"):
+        VllmBackend(DEPLOYMENT, model="some/model").serve(trace_of([0.0]), policy_set())
+    assert fake_vllm.started == 2
+
+
+def test_a_start_that_fails_inside_the_engine_names_likely_options(
+    fake_vllm: type[FakeLive], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: FakeLive, *args: Any) -> None:
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+    monkeypatch.setattr(FakeLive, "__init__", fail)
+    with pytest.raises(LiveError, match=r"output above; .*gpu_memory_utilization.*live\.options"):
+        VllmBackend(DEPLOYMENT, model="some/model").serve(trace_of([0.0]), policy_set())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "outputs", "said"),
+    [
+        ([999, 5], [1, 995], []),
+        ([1000, 5], [1, 1], ["1 of 2 prompts do not fit max_model_len=1000 and are rejected: 0"]),
+        ([998, 5], [3, 1], ["1 of 2 outputs end where max_model_len=1000 is reached"]),
+        ([2000] * 6, [1] * 6, ["6 of 6 prompts do not fit .* rejected: 0, 1, 2, 3, 4, ..."]),
+    ],
+)  # fmt: skip
+def test_what_is_too_long_is_named(lengths: list[int], outputs: list[int], said: list[str]) -> None:
+    trace = trace_of([0.0] * len(lengths), lengths, output_tokens=outputs)
+    lines = length_warnings(trace, 1000)
+    assert len(lines) == len(said)
+    assert all(re.search(text, line) for text, line in zip(said, lines, strict=True))
+    assert length_warnings(trace, None) == []
+
+
+def test_too_long_prompts_are_told_before_engines_start(
+    fake_vllm: type[FakeLive], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_vllm.starts = [DIED, DIED]
+    common = ["backend=vllm", "live.model=some/model", "engine.block_tokens=32", "trace.limit=20"]
+    with pytest.raises(LiveError):
+        simulate(compose([*common, "engine.max_model_len=40", "engine.num_gpu_blocks=50"]))
+    assert "20 of 20 prompts do not fit max_model_len=40" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+@without_engine
+@pytest.mark.parametrize("call", ["renew", "ready"])
+def test_errors_of_vllms_client_between_runs_are_ours(call: str) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError  # noqa: PLC0415
+
+    from validate.vllm_plugin.live import LiveEngine  # noqa: PLC0415
+
+    class Client:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        async def collective_rpc(self, *args: Any, **options: Any) -> None:
+            raise self.error
+
+        async def get_supported_tasks(self) -> None:
+            raise self.error
+
+    def trouble(error: Exception) -> Any:
+        engine = LiveEngine.__new__(LiveEngine)
+        Instance.__init__(engine, 0, model="fake", chip="fake")
+        engine._llm = Client(error)
+        return engine.renew({}) if call == "renew" else engine.ready()
+
+    with pytest.raises(EngineDied, match="engine 0 died"):
+        asyncio.run(trouble(EngineDeadError()))
+    if call == "renew":
+        with pytest.raises(LiveError, match="engine 0 cannot begin anew: no such key"):
+            asyncio.run(trouble(RuntimeError("no such\nkey")))
+
+
+@without_engine
+def test_policies_are_made_here_before_an_engine_is_started() -> None:
+    vllm_backend._check_policies([{"eviction": {"name": "slo_aware", "grace_s": 5}}])
+    with pytest.raises(LiveError, match=r"servelab\.eviction: .*did you mean 'eviction/slo_aware'"):
+        vllm_backend._check_policies([{"eviction": "slo_awre"}])
 
 
 # --------------------------------------------------------------------------- configuration
@@ -491,33 +689,74 @@ def test_options_that_vllm_refuses_are_one_line(model: Path) -> None:
         )
 
 
-@live
-def test_a_stepped_engine_decides_like_the_simulator(model: Path) -> None:
+TIGHT = Deployment.of(
+    "a100_80g", "llama3_8b", block_tokens=32, num_gpu_blocks=34, max_model_len=1024,
+    max_num_batched_tokens=256, max_num_seqs=16,
+)  # fmt: skip
+STUBBORN = Path(__file__).with_name("stubborn_policies.py")
+
+
+@pytest.fixture(scope="module")
+def stepped(model: Path) -> Iterator[Any]:
+    """An engine in this process, in tight memory."""
     from validate.vllm_plugin.live import SteppedEngine  # noqa: PLC0415
 
-    trace = chats(24)
-    tight = Deployment.of(
-        "a100_80g", "llama3_8b", block_tokens=32, num_gpu_blocks=34, max_model_len=1024,
-        max_num_batched_tokens=256, max_num_seqs=16,
-    )  # fmt: skip
-    backend = VllmBackend(tight, model=model)
-    spread = changed(trace, arrival_s=1000.0 * np.arange(len(trace)), session="", turn=0)
-    scheduler = {"scheduler_cls": "validate.vllm_plugin.PolicyScheduler"}
-    engine = SteppedEngine(backend.options(cpu=True) | scheduler)
-    try:
-        prompts = Prompts(trace, 32, engine.vocabulary)
-        for policies in (policy_set(), policy_set(eviction="lfu")):
-            engine.renew(policy_config(policies, 0, 0))
-            expected = Simulator(tight).serve(spread, policies)
-            assert expected.engines["evictions"][0] > 0
-            found: list[tuple[str, Fate]] = []
-            for row, prompt in enumerate(prompts):
-                output = int(trace.requests["output_tokens"][row])
-                engine.add(Request(row, 0, len(prompt), output, name=str(row)), prompt.tolist())
-                while engine.busy:
-                    found += engine.step()
-            hits = expected.requests["cached_tokens"].tolist()
-            assert [fate.cached_tokens for _, fate in found] == hits
-            assert [fate.state for _, fate in found] == ["finished"] * len(trace)
-    finally:
-        engine.close()
+    options = VllmBackend(TIGHT, model=model).options(cpu=True)
+    engine = SteppedEngine(options | {"scheduler_cls": "validate.vllm_plugin.PolicyScheduler"})
+    yield engine
+    engine.close()
+
+
+def step_through(engine: Any, trace: Trace, policies: PolicySet, *, together: bool) -> list[Any]:
+    """Who ended, in order, with cached tokens and preemptions: one by one or all at once."""
+    engine.renew(policy_config(policies, 0, 0))
+    found: list[tuple[str, Fate]] = []
+    for row, prompt in enumerate(Prompts(trace, 32, engine.vocabulary)):
+        output = int(trace.requests["output_tokens"][row])
+        priority = int(trace.requests["priority"][row])
+        engine.add(
+            Request(row, 0, len(prompt), output, name=str(row), priority=priority), prompt.tolist()
+        )
+        while engine.busy and not together:
+            found += engine.step()
+    while engine.busy:
+        found += engine.step()
+    assert {fate.state for _, fate in found} == {"finished"}
+    return [(int(name), fate.cached_tokens, fate.preemptions) for name, fate in found]
+
+
+def simulated(trace: Trace, policies: PolicySet) -> list[Any]:
+    """The same of the simulator, which must have been short of memory."""
+    result = Simulator(TIGHT).serve(trace, policies)
+    assert result.engines["evictions"][0] > 0
+    ended = result.requests.sort_values(["finish_s", "admitted_s"], kind="stable")
+    return list(zip(ended.index, ended["cached_tokens"], ended["preemptions"], strict=True))
+
+
+@live
+def test_policies_decide_in_a_stepped_engine_as_in_the_simulator(
+    stepped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    load_module(STUBBORN)
+    trace = changed(chats(14), session="", turn=0, kind="once")
+    apart = changed(trace, arrival_s=1000.0 * np.arange(len(trace)))
+    stock = simulated(apart, policy_set())
+    assert step_through(stepped, trace, policy_set(), together=False) == stock
+    for policies in (
+        policy_set(eviction="lfu"),
+        policy_set(reuse={"name": "cap", "max_tokens": 64}),  # use
+        policy_set(reuse="half"),  # retain
+    ):
+        expected = simulated(apart, policies)
+        assert expected != stock
+        assert step_through(stepped, trace, policies, together=False) == expected
+
+    ranks = np.random.default_rng(5).permutation(len(trace))
+    burst = changed(trace, arrival_s=0.0, priority=ranks)
+    stock = simulated(burst, policy_set())
+    expected = simulated(burst, policy_set(admission="priority"))
+    assert expected != stock
+    for policies, outcome in ((policy_set(), stock), (policy_set(admission="priority"), expected)):
+        assert sum(preemptions for _, _, preemptions in outcome) > 0
+        assert step_through(stepped, burst, policies, together=True) == outcome

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from sim.result import Result
 from validate.comparison import Comparison, ComparisonError, Parity
@@ -175,6 +176,30 @@ def test_parity_is_one_line() -> None:
     text = _text(Comparison(_result([1.0]), [_result([1.0])], other))
     assert "3 of 853 engine steps differ" in text
     assert "first: step 12: scheduled" in " ".join(text.split())
+
+
+def test_a_page_says_why_decisions_were_not_compared() -> None:
+    comparison = Comparison(_result([1.0]), [_result([1.0])], unchecked="nobody looked")
+    assert "decisions: not compared, because nobody looked" in _text(comparison)
+    assert comparison.document()["parity_unchecked"] == "nobody looked"
+    assert comparison.agrees
+
+
+@pytest.mark.parametrize(
+    ("live_ms", "equal", "agrees"), [(10.0, 9, True), (10.0, 8, False), (20.0, 9, False)]
+)
+def test_both_sides_agree_in_times_and_decisions(live_ms: float, equal: int, agrees: bool) -> None:
+    parity = Parity(rows=9, equal=equal)
+    live = _result([live_ms], e2e_ms=[110.0])
+    assert Comparison(_result([10.0]), [live], parity).agrees is agrees
+
+
+def test_an_unknown_error_is_not_green() -> None:
+    page = Comparison(_result([10.0]), [_result([10.0], state=["failed"])]).page()
+    shown = page.renderables[1]
+    assert isinstance(shown, Table)
+    styles = [row.style for row in shown.rows if row.style is not None]
+    assert styles == ["bold red"] * 3
 
 
 def test_the_document_has_plain_numbers() -> None:

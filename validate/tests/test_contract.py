@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
@@ -28,10 +29,10 @@ def test_the_installed_vllm_fits() -> None:
 def rename(code: CodeType, name: str) -> CodeType:
     """The code with every ``name`` in it called something else."""
 
-    def other(names: tuple[str, ...]) -> tuple[str, ...]:
+    def other(names: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple("renamed" if each == name else each for each in names)
 
-    consts = tuple(rename(c, name) if isinstance(c, CodeType) else c for c in code.co_consts)
+    consts = other(tuple(rename(c, name) if isinstance(c, CodeType) else c for c in code.co_consts))
     return code.replace(
         co_names=other(code.co_names), co_varnames=other(code.co_varnames), co_consts=consts
     )
@@ -45,6 +46,8 @@ class Without:
         init = getattr(getattr(owner, "__init__", None), "__code__", None)
         if init is not None:
             self.__dict__["__init__"] = SimpleNamespace(__code__=rename(init, name))
+        if name == "__init__":
+            self.__dict__[name] = instead
 
     def __getattr__(self, name: str) -> Any:
         if name != self._name:
@@ -64,7 +67,11 @@ def broken(seam: Seam) -> Iterator[tuple[Any, str]]:
         changed = Without(owner, last, instead)
         return Without(module, outer, changed) if outer else changed
 
-    yield stand_in(), "is gone"
+    if last != "__init__":  # which every class has
+        yield stand_in(), "is gone"
+    if seam.returns:
+        other = FunctionType(getattr(owner, last).__code__, {})
+        yield stand_in(other), f"does not return {seam.returns!r} any more"
     for names, says in ((seam.parameters, "takes no parameter"), (seam.uses, "does not use")):
         for name in names:
             code = rename(getattr(owner, last).__code__, name)
@@ -104,14 +111,14 @@ def test_a_changed_signature_and_a_changed_body_are_noticed(monkeypatch: Any) ->
         return self.free_block_queue.take(count)
 
     monkeypatch.setattr(BlockPool, "get_new_blocks", get_new_blocks)
-    (line,) = seams.contract()
+    line, *_ = seams.contract()
     assert "get_new_blocks takes no parameter 'num_blocks' any more" in line
 
     def renamed(self: Any, num_blocks: int) -> Any:
         return self.free_block_queue.take(num_blocks)
 
     monkeypatch.setattr(BlockPool, "get_new_blocks", renamed)
-    (line,) = seams.contract()
+    line, *_ = seams.contract()
     assert "get_new_blocks does not use 'popleft_n' any more" in line
 
 
@@ -135,14 +142,46 @@ def test_an_untried_release_that_does_not_fit_is_refused(monkeypatch: Any) -> No
         seams.check()
 
 
-def test_without_vllm_the_recipe_is_named(monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ModuleNotFoundError("No module named 'vllm'", name="vllm"),
+            "vLLM is not installed here; run `make validate`",
+        ),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            r"vLLM is installed but cannot be imported \(No module named 'torch'\); run `make",
+        ),
+        (
+            ImportError("libcudart.so.13: cannot open\nmore"),
+            r"cannot be imported \(libcudart.so.13: cannot open\); run `make validate`",
+        ),
+    ],
+)
+def test_a_vllm_that_cannot_be_imported_is_one_line(
+    error: ImportError, said: str, monkeypatch: Any
+) -> None:
     real = importlib.import_module
 
     def missing(name: str) -> Any:
         if name == "vllm":
-            raise ModuleNotFoundError(name)
+            raise error
         return real(name)
 
     monkeypatch.setattr(seams, "import_module", missing)
-    with pytest.raises(VllmError, match="not installed here; run `make validate`"):
+    with pytest.raises(VllmError, match=said) as caught:
         seams.check()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_part_of_vllm_that_lacks_a_library_is_not_called_gone(monkeypatch: Any) -> None:
+    (seam,) = (seam for seam in SEAMS if seam.name == "AllBlocksCleared")
+    monkeypatch.setitem(sys.modules, seam.module, None)
+    assert seam.fault() == "is gone"
+
+    def missing(name: str) -> Any:
+        raise ModuleNotFoundError("No module named 'zmq'", name="zmq")
+
+    monkeypatch.setattr(seams, "import_module", missing)
+    assert seam.fault() == "cannot be imported (No module named 'zmq')"

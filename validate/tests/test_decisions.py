@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from validate.decisions import FIELDS, Decision, first_difference, read, show, write
+from validate.decisions import (
+    FIELDS,
+    Decision,
+    DecisionLog,
+    first_difference,
+    read,
+    show,
+    write,
+)
 
 
 def row(step: int = 0, /, **changes: Any) -> Decision:
@@ -39,6 +47,28 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     write(path, rows)
     assert read(path) == rows
     assert list(json.loads(path.read_text().splitlines()[0])) == list(FIELDS)
+
+
+@pytest.mark.parametrize("torn", ["", '{"step":2,"ent', '{"step":2,"entered":["' + "x" * 200_000])
+def test_a_log_goes_on_after_what_its_file_has(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    write(path, [row(9)])
+    write(path, [row(), row(1)])
+    with path.open("a") as file:
+        file.write(torn)
+    log = DecisionLog(path)
+    log(row(free=1))
+    log.close()
+    assert read(path) == [row(), row(1), row(free=1)]
+
+
+def test_a_file_with_nothing_but_a_torn_line_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step":0,"ent')
+    log = DecisionLog(path)
+    log(row())
+    log.close()
+    assert read(path) == [row()]
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,34 @@ import json
 from dataclasses import replace
 from math import inf, isnan, nan
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from experiments.cli import app
 from experiments.composing import ConfigError
+from policies.api import PolicySet
 from policies.registry import policy_set
 from sim.backend import Deployment
 from sim.latency import AffineStepModel
 from sim.result import Result
 from sim.simulator import Simulator
 from traces import Trace, generate
-from validate.live_validation import Overheads, at_load, delayed, overheads, validate
+from validate import live_validation
+from validate.live_parity import unchecked
+from validate.live_validation import (
+    Overheads,
+    Validation,
+    at_load,
+    delayed,
+    overheads,
+    validate,
+)
+from validate.vllm_backend import VllmBackend
 
 STEPS = AffineStepModel(2_600_000_000, 32_000_000, 100_000_000, 140_000, 14_000)
 
@@ -133,6 +148,104 @@ def test_bad_input_is_refused_before_anything_starts() -> None:
         validate(repeats=0)
     with pytest.raises(ConfigError, match=r"did you mean 'engine\.max_num_seqs'"):
         validate(["engine.max_num_seq=4"])
+
+
+class Fake:
+    """Takes the place of live engines, which have another memory than the profiles say."""
+
+    kv_blocks, max_model_len = 77, 1984
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.served: list[Trace] = []
+        self.cancels = False
+        monkeypatch.setattr(VllmBackend, "serve", self.serve)
+
+    def serve(self, trace: Trace, policies: PolicySet, *, seed: int = 0) -> Result:
+        self.served.append(trace)
+        deployment = _deployment()
+        result = Simulator(deployment).serve(trace, policies, seed=seed)
+        if self.cancels:
+            result = replace(result, requests=result.requests.assign(state="cancelled"))
+        meta = {"kv_blocks": self.kv_blocks, "max_model_len": self.max_model_len, "incomplete": ""}
+        return replace(result, meta={**result.meta, **meta})
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    return Fake(monkeypatch)
+
+
+def _validate(*overrides: str, model: str | None = "some/model", **options: Any) -> Validation:
+    return validate(
+        ["engines=2", *overrides], model=model, repeats=1, calibrate=False, **options
+    )  # several engines: decisions are not compared, which would take vLLM
+
+
+def test_the_simulator_gets_the_memory_of_the_live_engine(fake: Fake) -> None:
+    found = _validate(
+        "trace.limit=20", "engine.num_gpu_blocks=null", "engine.max_model_len=null"
+    ).comparison
+    meta = found.simulated.meta
+    assert (meta["kv_blocks"], meta["max_model_len"]) == (fake.kv_blocks, fake.max_model_len)
+    assert "several engines" in found.unchecked
+    assert found.parity is None
+
+
+def test_only_a_trace_of_ones_own_replaces_the_default_one(fake: Fake) -> None:
+    _validate("trace.limit=20", "trace.sessions=9")
+    _validate("trace=synthetic", "trace.count=30")
+    changed, own = fake.served
+    assert len(changed) == 20
+    assert changed.requests["prompt_tokens"].max() <= 1500  # as in the default trace
+    assert changed.requests["session"].iloc[0]
+    assert len(own) == 30
+    assert not own.requests["session"].iloc[0]
+
+
+def test_an_interruption_ends_everything(fake: Fake) -> None:
+    fake.cancels = True
+    with pytest.raises(KeyboardInterrupt):
+        validate(["engines=2", "trace.limit=20"], model="some/model", repeats=3, calibrate=False)
+    assert len(fake.served) == 1
+
+
+def test_what_may_not_be_meant_so_is_told_beforehand(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    warned: list[str] = []
+    _validate("trace.limit=20", warn=warned.append)
+    _validate("trace.limit=20", "model=llama3_8b", warn=warned.append)
+    assert warned == []
+    _validate(
+        "trace.limit=20", "model=llama3_8b", "engine.max_model_len=300",
+        model=None, warn=warned.append,
+    )  # fmt: skip
+    assert any("do not fit max_model_len=300" in line for line in warned)
+    assert "the live model is the tiny one" in warned[-1]
+
+
+def test_decisions_are_not_compared_where_policies_need_the_clock(fake: Fake) -> None:
+    live = fake.serve(generate("independent", count=3, rate_per_s=1.0), policy_set())
+    one = _deployment()
+    assert unchecked(one, policy_set(), live) == ""
+    bucket = {"name": "token_bucket", "rate_tokens_per_s": 9e3, "burst_tokens": 2000}
+    assert "token_bucket" in unchecked(one, policy_set(admission=bucket), live)
+    half = replace(live, meta={**live.meta, "incomplete": "engine 0 died"})
+    assert unchecked(one, policy_set(), half) == "the live run is incomplete"
+
+
+@pytest.mark.parametrize(("agrees", "options", "code"), [
+    (True, ["--strict"], 0), (False, ["--strict"], 1), (False, [], 0),
+])  # fmt: skip
+def test_strict_is_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, agrees: bool, options: list[str], code: int
+) -> None:
+    found = SimpleNamespace(
+        comparison=SimpleNamespace(agrees=agrees), page=lambda: "page", folders=(), files=()
+    )
+    monkeypatch.setattr(live_validation, "validate", lambda *args, **options: found)
+    assert CliRunner().invoke(app, ["validate", *options]).exit_code == code
 
 
 @pytest.mark.vllm

@@ -17,7 +17,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make validate builds an environm
 openai = pytest.importorskip("openai", reason="the OpenAI client comes with vLLM")
 
 from validate import tiny_model  # noqa: E402
-from validate.server import ServerError, vllm_server  # noqa: E402
+from validate.tests.server import ServerError, vllm_server  # noqa: E402
 
 POLICY = """
 from dataclasses import dataclass

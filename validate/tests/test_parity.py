@@ -296,12 +296,40 @@ def test_a_trace_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     traces.write(trace, path)
     assert parity.parity(workload=path, step_s=0.05) == 0
     assert parity.parity(workload=path, asynchronous=True) == 0
+    assert parity.parity(workload=path, mode="fast") == 0
     assert capsys.readouterr().out.startswith("1 workloads, ")
+    tight = ["engine.block_tokens=32", "engine.max_num_seqs=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        MISTAKES["free blocks in another order"](patch)
+        assert parity.parity(workload=path, options=tight) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"again: servelab parity --workload {path} --step-s 0.02 {' '.join(tight)}" in lines
+    assert any("block_tokens=32" in line and "max_num_seqs=2" in line for line in lines)
 
 
-def test_what_does_not_go_together_is_refused() -> None:
-    with pytest.raises(ParityError, match="exclude each other"):
-        parity.parity(range(2), Path("x"))
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"seeds": range(2), "workload": Path("x")}, "exclude each other"),
+        ({"workload": Path("x"), "policies": True}, "--policies .* leave it out with --workload"),
+        ({"workload": Path("x"), "jobs": 2}, "--jobs .* leave it out with --workload"),
+        ({"options": ["engine.block_tokens=32"]}, "engine.block_tokens=32 needs --workload"),
+        ({"workload": Path("x"), "options": ["tp=2"]}, "tp=2 is not of the form engine.KEY=VALUE"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ParityError, match=says):
+        parity.parity(**arguments)
+
+
+def test_a_difference_of_the_fast_engine_is_repeated_with_fast(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _no_exemption(monkeypatch)
+    monkeypatch.setattr(simulated.Noting, "_threshold", lambda self: 1)
+    assert parity.parity(range(50), mode="fast") == 1
+    again = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("again: "))
+    assert again.endswith(" --fast")
 
 
 def test_without_vllm_the_recipe_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import re
+from socket import socket
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from sim.latency import AffineStepModel
 from validate.decisions import read as read_decisions
 from validate.tests.plugin_bench import LIMITS
 from validate.vllm_plugin import bare, config
+from validate.vllm_plugin.live import renew
+from validate.vllm_plugin.scheduler import PolicyScheduler
 from validate.vllm_plugin.views import StepTimes
 from validate.workloads import Entry, Workload
 
@@ -86,7 +90,7 @@ def test_policies_and_step_times_are_made_as_configured() -> None:
     assert settings.eviction.grace_s == 3.0  # type: ignore[union-attr]
     assert settings.reuse is None
     assert isinstance(settings.steps, AffineStepModel)
-    assert settings.steps.prefill_ps(100) == 10**9 * 5 + 10**3 * 10_000
+    assert settings.steps.prefill_ps(100) == 10**9 * 6 + 10**3 * 10_000
 
 
 RANDOM = """
@@ -127,6 +131,52 @@ def test_decisions_are_written_to_the_file(tmp_path: Any) -> None:
     assert len(rows) == 3
     assert [row["scheduled"] for row in read_decisions(path)] == [{"a": 40}, {"a": 1}, {"a": 1}]
     assert json.loads(path.read_text("utf-8").splitlines()[0])["entered"] == ["a"]
+    again = bare.BareEngine(workload)
+    again.run()
+    again.scheduler.shutdown()
+    assert [row["step"] for row in read_decisions(path)] == [0, 1, 2] * 2
+
+
+def test_every_data_parallel_rank_has_a_file_of_its_own() -> None:
+    given = {"servelab": {"decisions": "logs/rows.jsonl"}}
+    found = [config.read(given, engine).decisions for engine in (0, 1, 12)]
+    assert found == ["logs/rows.jsonl", "logs/rows-1.jsonl", "logs/rows-12.jsonl"]
+
+
+def test_prefixes_that_end_inside_blocks_are_refused() -> None:
+    workload = Workload(name="", limits=LIMITS, policies={"eviction": "lru"}, entries=())
+    scheduler = bare.BareEngine(workload).scheduler
+    scheduler.hash_block_size = 8
+    with pytest.raises(config.ConfigError, match="match every 8 tokens in blocks of 16"):
+        scheduler._check_cache()
+
+
+class Publisher(PolicyScheduler):
+    """Holds a port while it lives, like a scheduler that publishes KV events."""
+
+    port = 0
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.held = socket()
+        self.held.bind(("127.0.0.1", type(self).port))
+        type(self).port = self.held.getsockname()[1]
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.held.close()
+
+
+def test_the_next_scheduler_may_publish_where_the_last_one_did() -> None:
+    options = bare.engine_config(LIMITS, additional_config={"servelab": {"eviction": "lru"}})
+    first = bare._scheduler(options, Publisher)
+    core = SimpleNamespace(scheduler=first, vllm_config=options, structured_output_manager=None)
+    try:
+        renew(core, {"eviction": "lfu"})
+        assert core.scheduler is not first
+        assert core.scheduler.policies["eviction"].policy_name == "eviction/lfu"
+    finally:
+        core.scheduler.shutdown()
 
 
 def test_step_times_are_measured_where_none_are_given() -> None:

@@ -114,9 +114,7 @@ def engine_config(
 class BareEngine:
     """A scheduler with a fake model, and the loop of ``EngineCore`` around it."""
 
-    def __init__(
-        self, workload: Workload, *, plugged: bool = False, record: bool = True
-    ) -> None:
+    def __init__(self, workload: Workload, *, plugged: bool = False, record: bool = True) -> None:
         """Make the scheduler.
 
         Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from policies.api import AdmissionPolicy, EvictionPolicy, PolicyError, ReusePolicy
@@ -22,7 +23,13 @@ KEY = "servelab"
 
 KINDS = ("admission", "eviction", "reuse")
 KEYS = (*KINDS, "policy_modules", "seed", "decisions", "step_times")
-"""What the mapping below ``servelab`` may hold; all of it may be left out."""
+"""What the mapping below ``servelab`` may hold; all of it may be left out.
+
+``decisions`` is for measurements and not for years of production: the log only grows, and the
+recorder remembers the name of every content that was ever cached. With data parallelism rank 0
+writes to the file itself, and every other rank to one beside it with its number at the end of the
+name: ``rows.jsonl``, ``rows-1.jsonl``, ...
+"""
 
 CONSTANTS = AffineStepModel.CONSTANTS_S
 """What ``step_times`` holds: the constants of ``sim.latency.AffineStepModel``, in seconds."""
@@ -42,7 +49,7 @@ class Settings:
     eviction: EvictionPolicy | None = None
     reuse: ReusePolicy | None = None
     decisions: str | None = None
-    """File that every step's decision row is appended to."""
+    """File that every step's decision row of this engine is appended to."""
     steps: StepModel | None = None
     """Step times for ``EngineView.prefill_s``; ``None``: measured while the engine runs."""
 
@@ -52,7 +59,8 @@ def read(additional_config: object, engine: int = 0) -> Settings:
 
     Args:
         additional_config: vLLM's ``VllmConfig.additional_config``.
-        engine: number of the engine (its data-parallel rank); it enters the seeds.
+        engine: number of the engine (its data-parallel rank); it enters the seeds and the name
+            of the file of decisions.
 
     Raises:
         ConfigError: a key, a policy, a parameter or a value is wrong.
@@ -82,6 +90,9 @@ def read(additional_config: object, engine: int = 0) -> Settings:
         for kind in KINDS
         if given.get(kind) is not None
     }
+    if decisions is not None and engine:
+        path = Path(decisions)
+        decisions = str(path.with_name(f"{path.stem}-{engine}{path.suffix}"))
     return Settings(decisions=decisions, steps=_steps(given.get("step_times")), **policies)
 
 

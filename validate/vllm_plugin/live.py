@@ -13,6 +13,7 @@ yet another process that it exchanges messages with in every step (``platforms/c
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import sys
@@ -35,17 +36,19 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from sim.request import Request
+from validate.live_options import LiveError
 from validate.prompts import ordinary
 from validate.replay import EngineDied, Fate, Instance
 from validate.vllm_plugin.config import KEY
+from validate.vllm_plugin.rejections import REJECTED
 
 __all__ = ["LiveEngine", "SteppedEngine", "device", "on_cpu", "option_names"]
 
 EXTENSION = "validate.vllm_plugin.live.Renewal"
 CLOSE_S = 30
 """How long an engine's process may take to end by itself."""
-REJECTED = "rejected: "
-"""Begins the ``stop_reason`` of what a policy refused."""
+RENEW_S = 30
+"""How long an idle engine may take to begin anew."""
 
 
 def on_cpu() -> bool:
@@ -102,16 +105,34 @@ class LiveEngine(Instance):
 
         Args:
             config: ``additional_config["servelab"]`` from now on.
+
+        Raises:
+            EngineDied: the engine is gone or does not answer.
+            LiveError: it cannot, for another reason.
         """
         self._cached.clear()
         try:
-            await self._llm.collective_rpc("servelab_renew", args=(dict(config),))
+            # vLLM's client waits for ever if the engine dies in the middle of a call.
+            async with asyncio.timeout(RENEW_S):
+                await self._llm.collective_rpc("servelab_renew", args=(dict(config),))
         except EngineDeadError as error:
             raise EngineDied(f"engine {self.id} died: {error}") from error
+        except TimeoutError as error:
+            raise EngineDied(f"engine {self.id} did not answer within {RENEW_S} s") from error
+        except Exception as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise LiveError(f"engine {self.id} cannot begin anew: {said}") from error
 
     async def ready(self) -> None:
-        """Make the connection, so that the first request need not."""
-        await self._llm.get_supported_tasks()
+        """Make the connection, so that the first request need not.
+
+        Raises:
+            EngineDied: the engine is gone.
+        """
+        try:
+            await self._llm.get_supported_tasks()
+        except EngineDeadError as error:
+            raise EngineDied(f"engine {self.id} died: {error}") from error
 
     async def serve(self, request: Request, prompt: list[int], fate: Fate) -> None:
         params = _parameters(request, RequestOutputKind.DELTA)
@@ -169,6 +190,7 @@ def renew(core: Any, config: Mapping[str, Any]) -> None:
         if old.has_unfinished_requests():
             raise RuntimeError("the engine is busy: its scheduler cannot be exchanged")
         core.step_fn()
+    old.shutdown()  # first: the new one publishes KV events at the same endpoint
     core.vllm_config.additional_config[KEY] = dict(config)
     core.scheduler = type(old)(
         vllm_config=core.vllm_config,
@@ -179,7 +201,6 @@ def renew(core: Any, config: Mapping[str, Any]) -> None:
         block_size=old.block_size,
         hash_block_size=old.hash_block_size,
     )
-    old.shutdown()
 
 
 class _Signals(StatLoggerBase):

@@ -20,7 +20,8 @@ class Recorder:
     before the first request and after anything else that wraps these.
 
     A row is written when the output of its step has been taken in. The name of every content that
-    was ever cached is kept, about 200 bytes per block: this is for tests and for short logs.
+    was ever cached is kept for as long as the scheduler lives, about 200 bytes per block: this is
+    for tests and measurements, not for an engine that serves for years.
     """
 
     def __init__(self, scheduler: Any, write: Callable[[Decision], None]) -> None:

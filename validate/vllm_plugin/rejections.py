@@ -17,13 +17,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-__all__ = ["PREFIX", "Rejections"]
+__all__ = ["REJECTED", "Rejections"]
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
-PREFIX = "rejected: "
+REJECTED = "rejected: "
 """How the ``stop_reason`` of a rejected request begins; the policy's reason follows."""
 
 
@@ -114,10 +114,10 @@ def _judge(verdict: _Verdict, output: Any) -> None:
         if (
             choice.finish_reason == "abort"
             and isinstance(reason, str)
-            and reason.startswith(PREFIX)
+            and reason.startswith(REJECTED)
             and not choice.token_ids
         ):
-            verdict.reason = verdict.reason or reason.removeprefix(PREFIX)
+            verdict.reason = verdict.reason or reason.removeprefix(REJECTED)
         else:
             verdict.served = True
 

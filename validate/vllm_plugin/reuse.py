@@ -34,7 +34,6 @@ class PrefixCache:
         reuse: ReusePolicy | None,
         engine: EngineView,
         requests: Mapping[str, RequestView],
-        hash_tokens: int,
     ) -> None:
         """Plugs itself into vLLM's ``KVCacheManager`` and its ``BlockPool``."""
         pool = manager.block_pool
@@ -46,7 +45,6 @@ class PrefixCache:
         self._uses = reuse is not None and type(reuse).use is not ReusePolicy.use
         self._retains = reuse is not None and type(reuse).retain is not ReusePolicy.retain
         self._block_tokens = engine.block_tokens
-        self._hashes_per_block = engine.block_tokens // hash_tokens
         self._free: PolicyFreeQueue | None = None
         if eviction is not None:
             free = pool.free_block_queue.get_all_free_blocks()
@@ -122,13 +120,12 @@ class PrefixCache:
         )  # fmt: skip
         if self._free is None:
             return
-        engine, held, each = self._engine, self._free.views, self._hashes_per_block
+        engine, held = self._engine, self._free.views
         hashes = request.block_hashes
         for depth in range(num_cached_blocks, num_full_blocks):
             block = blocks[depth]
             if block.block_hash is not None:
-                ident = hashes[(depth + 1) * each - 1]
-                held[block.block_id] = BlockView(engine, block, ident, depth, view)
+                held[block.block_id] = BlockView(engine, block, hashes[depth], depth, view)
 
     def reset(self) -> Any:
         """``BlockPool.reset_prefix_cache``: also reached by sleep and by weight updates."""

@@ -27,6 +27,7 @@ from validate.decisions import DecisionLog
 from validate.vllm_plugin import config
 from validate.vllm_plugin.queue import PolicyQueue
 from validate.vllm_plugin.recorder import Recorder
+from validate.vllm_plugin.rejections import REJECTED
 from validate.vllm_plugin.reuse import PrefixCache
 from validate.vllm_plugin.views import EngineView, RequestView
 
@@ -105,7 +106,6 @@ class PolicyMixin:
                 reuse,
                 self._engine,
                 self._views,
-                self.hash_block_size,
             )
 
     def _check_cache(self) -> None:
@@ -114,6 +114,12 @@ class PolicyMixin:
             raise config.ConfigError(
                 f"{config.KEY}: eviction and reuse policies need a model whose layers share one "
                 f"KV cache; this one has {groups} groups of layers"
+            )
+        if self.hash_block_size != self.block_size:
+            raise config.ConfigError(
+                f"{config.KEY}: eviction and reuse policies need blocks that are cached as a "
+                f"whole; here prefixes match every {self.hash_block_size} tokens in blocks of "
+                f"{self.block_size}; leave out --prefix-match-unit"
             )
         transfer = self.vllm_config.kv_transfer_config
         connector = getattr(transfer, "kv_connector", None)
@@ -241,7 +247,7 @@ class PolicyMixin:
                         request_id=request.request_id,
                         new_token_ids=[],
                         finish_reason=FinishReason.ABORT,
-                        stop_reason=f"rejected: {reason}",
+                        stop_reason=f"{REJECTED}{reason}",
                         events=request.take_events(),
                         trace_headers=request.trace_headers,
                     )

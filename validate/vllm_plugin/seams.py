@@ -17,6 +17,8 @@ from importlib import import_module
 from types import CodeType
 from typing import Any, NamedTuple
 
+from validate.front.signals import GAUGES
+
 __all__ = ["SEAMS", "SUPPORTED", "Seam", "VllmError", "check", "contract", "supported"]
 
 SUPPORTED = ("0.31", "0.32")
@@ -40,7 +42,9 @@ class Seam(NamedTuple):
     parameters: tuple[str, ...] = ()
     """Parameters that it must take, by name."""
     uses: tuple[str, ...] = ()
-    """Attributes that its code must read or call."""
+    """Attributes that its code must read or call, or strings that must stand in it."""
+    returns: str = ""
+    """What it must be annotated to return."""
 
     @property
     def path(self) -> str:
@@ -51,8 +55,9 @@ class Seam(NamedTuple):
         """What is wrong with it in the installed vLLM."""
         try:
             owner: Any = import_module(self.module)
-        except ImportError:
-            return "is gone"
+        except ImportError as error:
+            gone = isinstance(error, ModuleNotFoundError) and _of_vllm(error.name)
+            return "is gone" if gone else f"cannot be imported ({_first_line(error)})"
         *outer, last = self.name.split(".")
         for part in outer:
             owner = getattr(owner, part, None)
@@ -67,6 +72,8 @@ class Seam(NamedTuple):
             for name in self.parameters:
                 if name not in taken:
                     return f"takes no parameter {name!r} any more"
+        if self.returns and self.returns not in str(inspect.signature(found).return_annotation):
+            return f"does not return {self.returns!r} any more"
         if self.uses:
             used = set(_used_by(found.__code__))
             for name in self.uses:
@@ -87,6 +94,9 @@ _UTILS = f"{_CORE}.kv_cache_utils"
 _MANAGER = f"{_CORE}.kv_cache_manager"
 _ENGINE = "vllm.v1.engine"
 _REQUEST = "vllm.v1.request"
+_METRICS = "vllm.v1.metrics"
+_STATS = f"{_METRICS}.stats"
+_KV_EVENTS = "vllm.distributed.kv_events"
 _START = "the scheduler class cannot be plugged in"
 _STEP = "steps cannot be followed"
 _ADMIT = "admission cannot be plugged in"
@@ -94,6 +104,11 @@ _EVICT = "eviction cannot be plugged in"
 _REUSE = "reuse cannot be plugged in"
 _REJECT = "rejections cannot reach the client"
 _VIEW = "policies cannot be shown requests"
+_RECORD = "decisions cannot be recorded"
+_RENEW = "an engine cannot begin anew with other policies"
+_RESULT = "results of requests cannot be read"
+_EVENTS = "the front cannot follow what engines have cached"
+_POLL = "the front cannot ask engines for their state"
 
 SEAMS: tuple[Seam, ...] = (
     *_seams("vllm.config", _START, "SchedulerConfig.get_scheduler_cls"),
@@ -202,6 +217,55 @@ SEAMS: tuple[Seam, ...] = (
             "trace_headers",
         )
     ),
+    *_seams("vllm.engine.protocol", _REJECT, "EngineClient.generate"),
+    *_seams("vllm.outputs", _REJECT, "RequestOutput.outputs", "CompletionOutput.token_ids"),
+    *_seams("vllm.outputs", _REJECT, "CompletionOutput.finish_reason"),
+    *_seams("vllm.outputs", _REJECT, "CompletionOutput.stop_reason"),
+    # The recorder.
+    *_seams(_SCHEDULER, _RECORD, "Scheduler.requests"),
+    Seam(_SCHEDULER, "Scheduler.schedule", _RECORD, uses=("_preempt_request",)),
+    Seam(_SCHEDULER, "Scheduler.finish_requests", _RECORD, returns="Request]"),
+    *_seams(f"{_CORE}.sched.output", _RECORD, "SchedulerOutput.scheduled_cached_reqs"),
+    *_seams(f"{_CORE}.sched.output", _RECORD, "CachedRequestData.req_ids"),
+    *_seams(f"{_CORE}.sched.output", _RECORD, "CachedRequestData.new_block_ids"),
+    Seam(_MANAGER, "KVCacheManager.get_block_ids", _RECORD, parameters=("request_id",)),
+    Seam(_POOL, "BlockPool._maybe_evict_cached_block", _RECORD, parameters=("block",)),
+    Seam(_POOL, "BlockPool.get_new_blocks", _RECORD, uses=("_maybe_evict_cached_block",)),
+    # Exchanging the scheduler of an engine.
+    *(
+        Seam(f"{_ENGINE}.core", f"EngineCore.{name}", _RENEW)
+        for name in ("scheduler", "step_fn", "structured_output_manager", "vllm_config")
+    ),
+    Seam(
+        _SCHEDULER,
+        "Scheduler.__init__",
+        _RENEW,
+        parameters=(
+            "vllm_config", "kv_cache_config", "structured_output_manager",
+            "include_finished_set", "log_stats", "block_size", "hash_block_size",
+        ),
+    ),
+    *_seams(_SCHEDULER, _RENEW, "Scheduler.finished_req_ids_dict", "Scheduler.log_stats"),
+    *_seams(_SCHEDULER, _RENEW, "Scheduler.has_requests", "Scheduler.has_unfinished_requests"),
+    # What clients are told.
+    *_seams("vllm.outputs", _RESULT, "RequestOutput.metrics", "RequestOutput.finished"),
+    *_seams("vllm.outputs", _RESULT, "RequestOutput.num_cached_tokens"),
+    *(
+        Seam(_STATS, f"RequestStateStats.{name}", _RESULT)
+        for name in ("num_preemptions", "scheduled_ts", "first_token_ts", "last_token_ts")
+    ),
+    *_seams(_STATS, _RESULT, "SchedulerStats.num_running_reqs", "SchedulerStats.kv_cache_usage"),
+    # The front: KV events, by name in MessagePack, and the gauges of /metrics.
+    *(
+        Seam(_KV_EVENTS, name, _EVENTS)
+        for name in (
+            "KVEventBatch.events", "AllBlocksCleared", "BlockStored.block_hashes",
+            "BlockStored.parent_block_hash", "BlockStored.token_ids", "BlockStored.block_size",
+            "BlockStored.medium", "BlockStored.extra_keys", "BlockStored.group_idx",
+            "BlockRemoved.block_hashes", "BlockRemoved.medium", "BlockRemoved.group_idx",
+        )
+    ),
+    Seam(f"{_METRICS}.loggers", "PrometheusStatLogger.__init__", _POLL, uses=GAUGES),
 )  # fmt: skip
 """All of them."""
 
@@ -221,12 +285,16 @@ def check() -> None:
     """See that the installed vLLM fits; warn if it is a release that nobody has tried.
 
     Raises:
-        VllmError: there is no vLLM, or it lacks something.
+        VllmError: there is no vLLM, it cannot be imported, or it lacks something.
     """
     try:
         version = str(import_module("vllm").__version__)
-    except ModuleNotFoundError as error:
-        raise VllmError(f"vLLM is not installed here; {RECIPE}") from error
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+            raise VllmError(f"vLLM is not installed here; {RECIPE}") from error
+        raise VllmError(
+            f"vLLM is installed but cannot be imported ({_first_line(error)}); {RECIPE}"
+        ) from error
     missing = contract()
     if missing:
         releases = " or ".join(f"{release}.*" for release in SUPPORTED)
@@ -239,6 +307,14 @@ def check() -> None:
             f"{', '.join(SUPPORTED)}: compare decisions first (servelab parity)",
             stacklevel=2,
         )
+
+
+def _of_vllm(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] == "vllm"
+
+
+def _first_line(error: ImportError) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _set_by_init(owner: Any) -> set[str]:
@@ -261,5 +337,7 @@ def _is_data(owner: Any) -> bool:
 def _used_by(code: CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
         if isinstance(constant, CodeType):
             yield from _used_by(constant)

@@ -30,8 +30,10 @@ from validate.front.front import Front, check_engines, front, policy_spec
 aiohttp = pytest.importorskip("aiohttp", reason="aiohttp comes with vLLM")
 web: Any = pytest.importorskip("aiohttp.web")
 
+from validate.front import engine_client  # noqa: E402
+from validate.front.kv_events import KvEvents  # noqa: E402
 from validate.front.proxy import Proxy  # noqa: E402
-from validate.server import free_port  # noqa: E402
+from validate.tests.server import free_port  # noqa: E402
 
 BLOCK = 32
 TIMEOUT_S = 20.0
@@ -45,6 +47,9 @@ class Engine:
         self.gate = asyncio.Event()
         """Streams wait for it after their first chunk."""
         self.gate.set()
+        self.awake = asyncio.Event()
+        """Metrics wait for it."""
+        self.awake.set()
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[Any] = []
         self.tokenized = 0
@@ -70,6 +75,7 @@ class Engine:
         await self._runner.cleanup()
 
     async def _metrics(self, _: Any) -> Any:
+        await self.awake.wait()
         labels = '{engine="0",model_name="tiny"}'
         return web.Response(
             text=f"# HELP vllm:num_requests_running n\nvllm:num_requests_running{labels} "
@@ -369,6 +375,19 @@ def test_a_malformed_prompt_is_the_engines_business() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("wrong", [-1, 2**63])
+def test_impossible_token_ids_reach_no_engine(wrong: int) -> None:
+    async def test() -> None:
+        async with rig(policy("prefix_affinity")) as r:
+            r.front.engines[1].index.block_tokens = BLOCK
+            status, _, body = await r.ask(prompt=[wrong] * BLOCK)
+            assert status == 400
+            assert f"token id {wrong}" in json.loads(body)["error"]["message"]
+            assert not any(e.bodies for e in r.engines)
+
+    run(test)
+
+
 # --------------------------------------------------------------------------- failing
 
 
@@ -388,6 +407,31 @@ def test_a_dead_engine_is_left_out_and_comes_back() -> None:
             await r.until(lambda: len(r.front.up) == 2)
             assert {(await r.ask(prompt=[1]))[1] for _ in range(4)} == {"0"}
 
+    run(test)
+
+
+def test_a_slow_engine_keeps_its_index_and_a_dead_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test() -> None:
+        async with rig(policy("round_robin")) as r:
+            slow = r.front.engines[0]
+            r.proxy.events[0] = KvEvents(slow.index, "tcp://127.0.0.1:1", r.lines.append)
+            slow.index.apply({
+                "type": "BlockStored", "block_hashes": [b"a"], "parent_block_hash": None,
+                "token_ids": list(range(BLOCK)), "block_size": BLOCK,
+            })  # fmt: skip
+            r.engines[0].awake.clear()
+            await r.until(lambda: not slow.up)
+            assert len(slow.index) == 1
+            r.engines[0].awake.set()
+            await r.until(lambda: slow.up)
+            assert len(slow.index) == 1
+            await r.engines[0].stop()
+            await r.until(lambda: not len(slow.index))
+            assert not slow.up
+
+    monkeypatch.setattr(engine_client, "ANSWER_S", 0.2)
     run(test)
 
 

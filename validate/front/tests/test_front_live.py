@@ -21,7 +21,7 @@ from policies.registry import build, policy_set  # noqa: E402
 from validate import tiny_model  # noqa: E402
 from validate.front.front import Front  # noqa: E402
 from validate.front.proxy import Proxy  # noqa: E402
-from validate.server import free_port, vllm_server  # noqa: E402
+from validate.tests.server import free_port, vllm_server  # noqa: E402
 
 BLOCK = 32
 GROUPS = 7

@@ -32,7 +32,8 @@ def view(
         ({"prompt": [[1], [2, 3]]}, [[1], [2, 3]]),
         ({"prompt": []}, []),
         ({"prompt": [1, "a"]}, []),
-        ({"prompt": [[1], [-2]]}, []),
+        ({"prompt": [[1], [-2]]}, [[1], [-2]]),
+        ({"prompt": [[1], [2.0]]}, []),
         ({"prompt": [True]}, []),
         ({}, []),
     ],
@@ -73,6 +74,13 @@ def test_facts_come_before_fields_and_headers() -> None:
     request = view(body | {"vllm_xargs": facts})
     assert (request.session, request.tenant, request.model) == ("7", "t", "n")
     assert (request.kind, request.priority, request.slo.e2e_s) == ("k", 2, 2.0)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**63])
+def test_impossible_token_ids_are_refused(wrong: int) -> None:
+    assert view({}, [[0, 2**63 - 1], []]).block_hashes
+    with pytest.raises(ValueError, match=f"token id {wrong} in the prompt: 0 to 92233"):
+        view({}, [[1, 2], [3, wrong, 4]])
 
 
 @pytest.mark.parametrize("wrong", [None, "soon", nan, [], {"a": 1}])
