@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["cpu_environment"]
+__all__ = ["cpu_environment", "has_vllm"]
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed; a folder that happens to have its name is not it."""
+    spec = find_spec("vllm")
+    return spec is not None and spec.origin is not None
 
 
 def cpu_environment(*, core: int | None = None) -> dict[str, str]:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,6 +21,7 @@ import traces
 from sim.request import PS_PER_S
 from sim.scheduler import EngineLimits
 from validate.decisions import Decision, Difference, first_difference, show
+from validate.environment import has_vllm
 from validate.simulated import simulate, simulate_fast
 from validate.workloads import Workload, block_chains, random_workload, workload_of
 
@@ -183,7 +183,7 @@ def parity(
         ParityError: vLLM is missing, or the arguments do not fit together.
         ValueError: the trace or an option is wrong.
     """
-    if find_spec("vllm") is None:
+    if not has_vllm():
         raise ParityError("parity needs vLLM: `make validate` builds an environment with it")
     if seeds is not None and workload is not None:
         raise ParityError("--seeds and --workload exclude each other")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from sim.backend import Deployment
 from sim.result import Result
 from sim.scheduler import EngineLimits, _name
 from traces import Trace
-from validate.environment import cpu_environment
+from validate.environment import cpu_environment, has_vllm
 from validate.live_engines import EnginesUp
 from validate.live_options import NAMES, LiveError, model_folder, policy_config, vllm_options
 from validate.live_result import decision_rows, length_warnings, live_result, on_clock
@@ -382,7 +381,7 @@ class _Run:
 
 def _vllm() -> Any:
     """``validate.vllm_plugin.live``."""
-    if importlib.util.find_spec("vllm") is None:
+    if not has_vllm():
         raise LiveError(f"vLLM is not installed here: {MEANS}")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when it is imported
     from validate.vllm_plugin import live  # noqa: PLC0415 - vLLM may be missing, and takes seconds

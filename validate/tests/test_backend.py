@@ -535,7 +535,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_vllm_the_message_says_where_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(vllm_backend, "has_vllm", lambda: False)
     with pytest.raises(LiveError, match="make validate"):
         VllmBackend(DEPLOYMENT).serve(trace_of([0.0]), policy_set())
 

@@ -333,7 +333,7 @@ def test_a_difference_of_the_fast_engine_is_repeated_with_fast(
 
 
 def test_without_vllm_the_recipe_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parity, "find_spec", lambda name: None)
+    monkeypatch.setattr(parity, "has_vllm", lambda: False)
     with pytest.raises(ParityError, match="make validate"):
         parity.parity(range(2))
 
